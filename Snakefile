@@ -1,0 +1,65 @@
+# Order and parallel execution only. What has to be done is decided by `mia_utils.run`, which looks at the artifacts
+# and writes build/<profile>/plan.json; start it with `./run_all.sh PROFILE [-- ENGINE_ARGS]`.
+# Outputs are markers, never the executed notebooks: the engine deletes the output of a rule that failed.
+import json
+
+PLAN_PATH = config["plan"]
+with open(PLAN_PATH) as file:
+    PLAN = json.load(file)
+PYTHON = PLAN["python"]
+
+
+rule all:
+    input:
+        [f"{job}.done" for job in [*PLAN["train"], *PLAN["notebooks"]]],
+
+
+for index, job in enumerate(PLAN["data"]):
+
+    rule:
+        name:
+            f"data_{index}"
+        output:
+            touch(f"{job}.done"),
+        params:
+            job=job,
+        priority: 1000
+        shell:
+            "{PYTHON:q} -m mia_utils.jobs {PLAN_PATH:q} {params.job:q}"
+
+
+for index, (job, work) in enumerate(PLAN["train"].items()):
+
+    rule:
+        name:
+            f"train_{index}"
+        input:
+            [f"{name}.done" for name in work["needs"]],
+        output:
+            touch(f"{job}.done"),
+        params:
+            job=job,
+        threads: 1
+        # the first row and the notebook that needs only it go before everything else: the first finding comes early
+        priority: work["priority"]
+        resources:
+            gpu=1,
+        shell:
+            "{PYTHON:q} -m mia_utils.jobs {PLAN_PATH:q} {params.job:q}"
+
+
+for index, (job, work) in enumerate(PLAN["notebooks"].items()):
+
+    rule:
+        name:
+            f"notebook_{index}"
+        input:
+            [f"{name}.done" for name in work["needs"]],
+        output:
+            touch(f"{job}.done"),
+        params:
+            job=job,
+        threads: 1
+        priority: work["priority"]
+        shell:
+            "{PYTHON:q} -m mia_utils.jobs {PLAN_PATH:q} {params.job:q}"

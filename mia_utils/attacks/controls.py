@@ -1,0 +1,201 @@
+"""The controls beside every attack: what a score is worth when the model has nothing to say.
+
+* **no-model** ("blind"): statistics of the very pictures that the attack queries with, a small classifier, no model. Above
+  0.5 it says that members and non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201).
+* **untrained**: the attack on an encoder with fresh weights (nothing to write: hand the attack a fresh encoder).
+* **permuted**: the attack on labels that are permuted within each role, the reported ones included.
+
+All three hold an AUC of 0.5 when the protocol is sound; ``metrics.judge_controls`` judges them jointly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
+
+from mia_utils import seeds
+
+ROLES = ("fit", "validation", "report")
+THUMBNAIL = (6, 8)  # rows, columns
+_CHUNK = 512  # images in float at once
+
+Folds = Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def extract_statistics(images: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Describe pictures by numbers that need no model.
+
+    Args:
+        images: (N, H, W, 3) or (N, 3, H, W); uint8, or float in [0, 1].
+
+    Returns:
+        (N, 56) float64: means and standard deviations of the channels (6), logarithms of the gradient and the Laplacian
+        energy of the luminance (2), luminance thumbnail of 6 rows and 8 columns by area averaging (48).
+
+    Raises:
+        ValueError: another shape or range, or pixels that are not finite.
+    """
+    x = images.detach().cpu() if isinstance(images, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    if x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
+        raise ValueError(f"expected images of shape (N, H, W, 3) or (N, 3, H, W), got {tuple(x.shape)}")
+    if x.shape[3] == 3:  # also where both axes have 3: pools are channel-last
+        x = x.permute(0, 3, 1, 2)
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise ValueError(f"expected images as uint8 or float in [0, 1], got {x.dtype}")
+    if not len(x):
+        return np.empty((0, 8 + THUMBNAIL[0] * THUMBNAIL[1]))
+    return np.concatenate([_describe_chunk(part) for part in x.split(_CHUNK)])
+
+
+def _describe_chunk(x: torch.Tensor) -> np.ndarray:
+    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    if not torch.isfinite(x).all() or x.min() < -0.01 or x.max() > 1.01:
+        raise ValueError(f"expected float images in [0, 1], got values from {x.min():.3g} to {x.max():.3g}")
+    gray = x.mean(dim=1)  # (N, H, W)
+    pixels = gray.numpy()
+    gradient = np.diff(pixels, axis=1)[:, :, :-1] ** 2 + np.diff(pixels, axis=2)[:, :-1] ** 2
+    kernel = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], np.float32)[None]
+    laplacian = ndimage.convolve(pixels, kernel, mode="nearest") ** 2
+    # energies are heavy-tailed: their logarithm is what a linear classifier can use; 1e-6 keeps flat pictures finite
+    energies = np.log(np.stack([gradient.mean(axis=(1, 2)), laplacian.mean(axis=(1, 2))], axis=1) + 1e-6)
+    thumbnail = F.adaptive_avg_pool2d(gray[:, None], THUMBNAIL).flatten(1)
+    moments = torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3), correction=0)], dim=1)
+    return np.concatenate([moments.numpy(), energies, thumbnail.numpy()], axis=1).astype(np.float64)
+
+
+def score_without_model(
+    images: np.ndarray | torch.Tensor, is_member: np.ndarray, folds: Folds | np.ndarray, *, seed: int = 0
+) -> np.ndarray:
+    """Score membership without a model: statistics of the pictures, standardized, and a logistic regression.
+
+    Give the *views* that the attack queries with, so that a difference in how members are queried is seen too. Reported
+    positions are scored by a classifier fit on the fit and validation positions; validation positions by one fit on the fit
+    positions only, so that a threshold can be chosen there.
+
+    Args:
+        images: (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]; or their statistics (N, F), computed once for many
+            calls.
+        is_member: (N,) bool.
+        folds: ``(fit, validation, report)`` positions per fold, or a role ``"fit" | "validation" | "report"`` per position
+            (N,) str (other names: unused).
+        seed: not used: the fit is deterministic. It is here so that this attacker is called as all others.
+
+    Returns:
+        (N,) float64, higher = more likely a member; NaN where a position is neither reported nor (single fold) validation.
+
+    Raises:
+        ValueError: shapes differ, or the positions to fit on lack a class.
+    """
+    is_member = _check_labels(is_member)
+    shape = np.shape(images)
+    x = np.asarray(images, dtype=np.float64) if len(shape) == 2 else extract_statistics(images)
+    if len(x) != len(is_member):
+        raise ValueError(f"expected as many images as labels, got {len(x)} and {len(is_member)}")
+    folds = _read_folds(folds, len(is_member))
+    score = np.full(len(x), np.nan)
+    for fit, validation, report in folds:
+        known = np.concatenate([fit, validation])
+        score[report] = _fit_blind(x[known], is_member[known]).decision_function(x[report])
+        if len(folds) == 1 and len(validation):
+            score[validation] = _fit_blind(x[fit], is_member[fit]).decision_function(x[validation])
+    return score
+
+
+def _fit_blind(x: np.ndarray, is_member: np.ndarray) -> Pipeline:
+    if not 0 < is_member.sum() < len(is_member):
+        raise ValueError(f"expected members and non-members to fit, got {is_member.sum()} members of {len(is_member)}")
+    # C = 0.1 is fixed: with 56 columns and a few hundred members a search would cost more images than it gains
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000)).fit(x, is_member)
+
+
+def permute_labels(
+    is_member: np.ndarray, folds: Folds | np.ndarray, *, seed: int = 0, groups: np.ndarray | None = None
+) -> np.ndarray:
+    """Permute labels within each role, so that every role keeps its number of members (FPR and AUC stay comparable).
+
+    One fold: within fit, within validation and within report. Several folds: within each report fold, so that an image has
+    one permuted label in all the roles it plays, and what an attacker is fit on says nothing about the fold it is scored on.
+
+    Args:
+        is_member: (N,) bool.
+        folds: as in ``score_without_model``.
+        seed: seed of the private stream.
+        groups: (N,) block ids: blocks of one side change sides as a whole.
+
+    Returns:
+        (N,) bool. Positions without a role keep their label.
+
+    Raises:
+        ValueError: shapes differ, or a block holds members and non-members of one role.
+    """
+    is_member = _check_labels(is_member)
+    folds = _read_folds(folds, len(is_member))
+    cells = list(folds[0]) if len(folds) == 1 else [report for _, _, report in folds]
+    permuted = is_member.copy()
+    rng = seeds.rng(seed, "controls.permute")
+    for cell in cells:
+        if groups is None:
+            permuted[cell] = rng.permutation(is_member[cell])
+            continue
+        _, first, where = np.unique(np.asarray(groups)[cell], return_index=True, return_inverse=True)
+        sides = is_member[cell][first]
+        if (sides[where] != is_member[cell]).any():
+            raise ValueError("expected blocks of members or of non-members, got a block that holds both")
+        permuted[cell] = rng.permutation(sides)[where]
+    return permuted
+
+
+def describe(result: Any) -> str:
+    """Say in one line what a control shows, and how small a leak it could have shown.
+
+    Args:
+        result: a result with ``auc, auc_low, auc_high, half_width`` (of ``metrics`` or ``attacks``). An attack's control
+            that was not run has no scores and a ``meta["reason"]``.
+
+    Returns:
+        For example ``"AUC .51 [.48, .54], not shown distinguishable; could have seen AUC >= .53"``.
+    """
+    reason = (getattr(result, "meta", None) or {}).get("reason")
+    if reason or not np.isfinite(result.auc):
+        return f"not run: {reason or 'no scores'}"
+    values = f"AUC {_format(result.auc)} [{_format(result.auc_low)}, {_format(result.auc_high)}]"
+    if result.auc_low > 0.5:
+        return f"{values}, void: members and non-members differ without the model's help"
+    return f"{values}, not shown distinguishable; could have seen AUC >= {_format(0.5 + result.half_width)}"
+
+
+def _format(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.00"
+
+
+def _check_labels(is_member: np.ndarray) -> np.ndarray:
+    is_member = np.asarray(is_member)
+    if is_member.ndim != 1:
+        raise ValueError(f"expected is_member of shape (N,), got {is_member.shape}")
+    return is_member.astype(bool)
+
+
+def _read_folds(folds: Folds | np.ndarray, n: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Positions of each fold, from positions or from a role per position."""
+    if isinstance(folds, np.ndarray) and folds.dtype.kind in "UO" and folds.ndim == 1:
+        if len(folds) != n:
+            raise ValueError(f"expected a role for each of {n} positions, got {len(folds)}")
+        folds = [tuple(np.flatnonzero(folds == role) for role in ROLES)]
+    folds = [tuple(np.asarray(part, dtype=np.int64) for part in fold) for fold in folds]
+    if not folds or any(len(fold) != 3 for fold in folds):
+        raise ValueError("expected folds as (fit, validation, report) positions, or an array of roles")
+    for fold in folds:
+        used = np.concatenate(fold)
+        if len(np.unique(used)) != len(used):
+            raise ValueError("expected disjoint fit, validation and report positions, got overlapping ones")
+        if len(used) and not 0 <= used.min() <= used.max() < n:
+            raise ValueError(f"expected positions below {n}, got up to {used.max()}")
+    return folds

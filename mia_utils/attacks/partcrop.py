@@ -1,0 +1,265 @@
+"""PartCrop: an encoder knows the parts of its training images.
+
+Source: Zhu, Zha, Li, Wang: PartCrop (CCS 2024, arXiv 2404.02462) and PartCrop-v2 (arXiv 2505.10351). K small crops of
+an image are embedded and compared with the tokens of the whole image; parts of a member answer in another way than
+parts of a stranger. Steps: 1 view and crops, 2 embeddings, 3 responses, 4 energies, 5 sorted feature, 6 attacker
+(``classifier.fit``).
+
+Letters: N images, K part crops, L tokens, D embedding, s side of a crop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mia_utils import seeds, views
+
+KINDS = ("uniform", "gaussian", "both")
+EPS = 1e-6  # inside the logarithms of the two reference distributions, as released
+
+
+def compute_responses(parts: Tensor, tokens: Tensor) -> Tensor:
+    """Log-response of every token to every part: log softmax_j <p_i, X_j> (step 3; a raw dot product, no norm).
+
+    Args:
+        parts: (N, K, D) vectors of the part crops.
+        tokens: (N, L, D) tokens of the whole image.
+
+    Returns:
+        (N, K, L) log v_ij; exp of it sums to one over the tokens.
+
+    Raises:
+        ValueError: wrong shapes, or a single token (its softmax is always one, the Gaussian energy undefined).
+    """
+    for name, x, shape in (("parts", parts, "(N, K, D)"), ("tokens", tokens, "(N, L, D)")):
+        if x.ndim != 3:
+            raise ValueError(f"{name}: expected {shape}, got {tuple(x.shape)}")
+    if parts.shape[0] != tokens.shape[0] or parts.shape[2] != tokens.shape[2]:
+        raise ValueError(
+            f"expected (N, K, D) and (N, L, D) of the same N and D, got {tuple(parts.shape)}, {tuple(tokens.shape)}"
+        )
+    if tokens.shape[1] < 2:
+        raise ValueError(f"expected at least 2 tokens per image, got {tokens.shape[1]}: query a larger view")
+    s = parts @ tokens.transpose(1, 2)  # (N, K, D) x (N, D, L) -> (N, K, L)
+    return torch.log_softmax(s, dim=-1)
+
+
+def part_energies(
+    parts: Tensor, tokens: Tensor, *, kind: str = "both", reference: Tensor | None = None, seed: int = 0
+) -> Tensor:
+    """Describe every image by how far the responses of its parts are from two reference shapes (steps 3-5).
+
+    Args:
+        parts: (N, K, D) vectors of the part crops.
+        tokens: (N, L, D) tokens of the whole image.
+        kind: ``"uniform"``, ``"gaussian"`` or ``"both"``.
+        reference: (K, L) standard normals of the Gaussian shape; None draws them from ``seed``, one table for all
+            images (paired: what the draw adds, it adds to members and strangers alike; no batch mate matters).
+        seed: seed of that draw.
+
+    Returns:
+        (N, K), or (N, 2K) for ``"both"``: each energy sorted in descending order, then [uniform; gaussian].
+        Larger = sharper responses.
+
+    Raises:
+        ValueError: wrong shapes or an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected kind {', '.join(KINDS)}, got {kind!r}")
+    log_v = compute_responses(parts, tokens)  # (N, K, L)
+    n_crops, n_tokens = log_v.shape[1:]
+    energies = []
+    if kind != "gaussian":
+        # u_i = sum_j 1/L [log(1/L + eps) - log v_ij]
+        u = math.log(1 / n_tokens + EPS) - log_v.mean(-1)  # (N, K)
+        energies.append(u)
+    if kind != "uniform":
+        if reference is None:
+            reference = torch.randn(n_crops, n_tokens, generator=seeds.generator(seed, "partcrop-reference"))
+        if reference.shape != (n_crops, n_tokens):
+            raise ValueError(f"reference: expected (K, L) = {(n_crops, n_tokens)}, got {tuple(reference.shape)}")
+        z = reference.to(log_v).sort(-1).values  # (K, L), ascending
+        sd = z.std(-1, keepdim=True)  # unbiased
+        q = torch.exp(-((z - z.mean(-1, keepdim=True)) ** 2) / (2 * sd**2)) / (math.sqrt(2 * math.pi) * sd)
+        q = q / q.sum(-1, keepdim=True)  # (K, L), rows sum to one
+        # g_i = sum_j q_ij [log(q_ij + eps) - log v_ij]
+        g = (q * (torch.log(q + EPS) - log_v)).sum(-1)  # (N, K)
+        energies.append(g)
+    return torch.cat([e.sort(-1, descending=True).values for e in energies], dim=-1)
+
+
+def get_crop_size(input_size: int) -> int:
+    """Side of a part crop in the paper: 16 of 32 pixels, 16 of 64; half of the view elsewhere."""
+    return input_size // 4 if input_size == 64 else max(1, input_size // 2)
+
+
+def _get_chunk(encoder, n_crops: int, crop_size: int) -> int:
+    """Images per forward so that crops, resampling and activations of a chunk fit a memory budget."""
+    device = torch.device(getattr(encoder, "device", "cpu"))
+    # CPU: a few MB, the size at which the extraction was fastest (activations stay in the cache)
+    budget = 0.3 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 64e6
+    side = max(crop_size, getattr(encoder, "min_size", None) or 0)
+    crop_bytes = 4 * 3 * (side**2 + crop_size * encoder.input_size)
+    share = min(1.0, side**2 / encoder.input_size**2)  # tokens of a crop against tokens of the view
+    token_bytes = 4 * 16 * getattr(encoder, "dim", 768) * max(1, share * (getattr(encoder, "n_tokens", None) or 196))
+    # and at most 65,536 crops: kernels index with 32 bits
+    return max(1, int(min(budget / (n_crops * (2 * crop_bytes + token_bytes)), 65536 / n_crops)))
+
+
+def iterate_parts(
+    encoder,
+    images: np.ndarray,
+    *,
+    image_ids: Sequence[str],
+    n_crops: int = 128,
+    crop_scale: Sequence[float] = (0.08, 0.2),
+    crop_size: int | None = None,
+    pooling: str = "auto",
+    view: str | Sequence[str] = "resize",
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield parts (n, K, D) and tokens (n, L, D) of successive chunks of images (steps 1 and 2).
+
+    Arguments as in :func:`extract_features`.
+    """
+    images, size = np.asarray(images), encoder.input_size
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+    if len(image_ids) != len(images):
+        raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
+    view_of = np.broadcast_to(np.asarray(view), len(images))
+    crop_size = crop_size or get_crop_size(size)
+    chunk = batch_size or _get_chunk(encoder, n_crops, crop_size)
+    device = getattr(encoder, "device", "cpu")
+    with tqdm(total=len(images), unit="image", desc="part crops", disable=not progress, delay=5, leave=False) as bar:
+        for start in range(0, len(images), chunk):
+            rows = slice(start, start + chunk)
+            ids, pixels = list(image_ids[rows]), torch.from_numpy(images[rows]).permute(0, 3, 1, 2).to(device)
+            with torch.inference_mode():
+                # 1. global view G, then K parts cut from G
+                whole = torch.empty(len(ids), 3, size, size, device=device)
+                for kind in np.unique(view_of[rows]):
+                    same = np.flatnonzero(view_of[rows] == kind)
+                    whole[same] = views.make_views(
+                        pixels[same], [ids[i] for i in same], view=str(kind), size=size, seed=seed
+                    )
+                boxes, flips = views.draw_boxes(
+                    ids, n_crops, height=size, width=size, scale=crop_scale, seed=seed, stream="partcrop"
+                )
+                crops = views.resized_crop(whole, boxes, crop_size, flips=flips)  # (n, K, 3, s, s)
+                # 2. all parts of the chunk in one forward
+                parts = encoder.embed(crops.flatten(0, 1), pooling=pooling)  # (n K, D)
+                parts, tokens = parts.unflatten(0, (len(ids), n_crops)), encoder.tokens(whole)
+            yield parts, tokens
+            bar.update(len(ids))
+
+
+def extract_features(
+    encoder,
+    images: np.ndarray,
+    *,
+    image_ids: Sequence[str],
+    n_crops: int = 128,
+    crop_scale: Sequence[float] = (0.08, 0.2),
+    crop_size: int | None = None,
+    pooling: str = "auto",
+    kind: str = "both",
+    view: str | Sequence[str] = "resize",
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Query a frozen encoder with the parts of every image (steps 1-5).
+
+    Args:
+        encoder: has ``tokens``, ``embed`` and ``input_size``.
+        images: (N, H, W, 3) uint8.
+        image_ids: N ids that key the crops: an image's features do not depend on its batch or its order.
+        n_crops: parts per image (K).
+        crop_scale: area range of a part as a share of the view (the paper's best of five).
+        crop_size: side of a part in pixels; None: the paper's (:func:`get_crop_size`).
+        pooling: vector of a part: ``"cls"``, ``"mean"``, or ``"auto"`` = the one the method trained.
+        kind: ``"uniform"``, ``"gaussian"`` or ``"both"``.
+        view: global view, one name or one per image. The released code gives members ``"random_resized_crop"`` and
+            strangers ``"resize"``; the controlled protocol gives everyone ``"resize"``.
+        batch_size: images per forward; None fits it to memory. Changes nothing but speed.
+        progress: show a bar with images/s when it takes longer than five seconds.
+
+    Returns:
+        (N, K) or, for ``"both"``, (N, 2K) float32 on the CPU.
+    """
+    chunks = iterate_parts(
+        encoder,
+        images,
+        image_ids=image_ids,
+        n_crops=n_crops,
+        crop_scale=crop_scale,
+        crop_size=crop_size,
+        pooling=pooling,
+        view=view,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    features = [part_energies(parts.float(), tokens.float(), kind=kind, seed=seed).cpu() for parts, tokens in chunks]
+    return torch.cat(features) if features else torch.empty(0, n_crops * (2 if kind == "both" else 1))
+
+
+def responses(
+    encoder, image: np.ndarray, boxes: np.ndarray, *, crop_size: int | None = None, pooling: str = "auto"
+) -> np.ndarray:
+    """Response map of given parts, for pictures: which tokens of the image answer to its seat, its muzzle.
+
+    Args:
+        image: (H, W, 3) uint8.
+        boxes: (P, 4) y0, x0, y1, x1 in pixels of ``image`` (as ``Pool.part_boxes``); NaN = the part is absent.
+
+    Returns:
+        (P, L) float32 softmax over the tokens; NaN rows for absent parts.
+    """
+    image, boxes, size = np.asarray(image), np.asarray(boxes, float), encoder.input_size
+    if image.ndim != 3 or boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"expected (H, W, 3) and boxes (P, 4), got {image.shape} and {boxes.shape}")
+    present = ~np.isnan(boxes).any(axis=1)
+    scale = size / np.array([image.shape[0], image.shape[1]] * 2)
+    corners = np.rint(boxes[present] * scale).clip(0, size).astype(int)
+    top_left = np.minimum(corners[:, :2], size - 1)
+    extent = np.maximum(corners[:, 2:] - top_left, 1)  # a thin part keeps one pixel
+    with torch.inference_mode():
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(getattr(encoder, "device", "cpu"))
+        whole = views.make_views(pixels, [""], size=size, seed=0)
+        tokens = encoder.tokens(whole).float()
+        maps = np.full((len(boxes), tokens.shape[1]), np.nan, np.float32)
+        if present.any():
+            box = torch.from_numpy(np.concatenate([top_left, extent], axis=1))[None]
+            crops = views.resized_crop(whole, box, crop_size or get_crop_size(size))[0]
+            parts = encoder.embed(crops, pooling=pooling).float()[None]
+            maps[present] = compute_responses(parts, tokens)[0].exp().cpu().numpy()
+    return maps
+
+
+def response_curves(encoder, images: np.ndarray, *, image_ids: Sequence[str], **options) -> np.ndarray:
+    """Mean part-response curve of every image: v_ij sorted over tokens in descending order, averaged over parts.
+
+    The paper's Figure 2 is the mean of the members' rows beside the mean of the strangers' rows.
+
+    Args:
+        options: those of :func:`extract_features`, without ``kind``.
+
+    Returns:
+        (N, L) float32, rows sum to one.
+    """
+    chunks = iterate_parts(encoder, images, image_ids=image_ids, **options)
+    curves = [
+        compute_responses(parts.float(), tokens.float()).exp().sort(-1, descending=True).values.mean(1).cpu()
+        for parts, tokens in chunks
+    ]
+    return torch.cat(curves).numpy()

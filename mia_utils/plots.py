@@ -1,0 +1,1246 @@
+"""Style and drawing: one color per attack, one marker per method, every picture with its numbers beside it.
+
+Three layers. *Style*: ``use_style``, ``color_of``, ``marker_of``. *Marks*: functions that draw one tidy table into one
+axes; the table is what ``save`` writes as CSV, so the plotted numbers and the saved numbers are the same. *Pictures*:
+functions that return ``(figure, table)`` for the panels made of images.
+
+In every table a row with an empty ``seed`` is the value over all seeds and a row with a number is one seed;
+``control`` is empty for the attack itself.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+import textwrap
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+
+HALF, FULL = 3.4, 7.0  # inches: one and two columns of a paper
+TITLE_CHARS = 12.6  # bold 9 pt letters to the inch, with room for wide ones
+WATERMARK = "code check, not a result"
+
+# One color per attack. Families share a hue, members of a family differ in lightness, so that the palette also
+# works in grey and for the common color vision deficiencies (a test measures the distances).
+ATTACK_COLORS = {
+    "partcrop": "#0072B2",
+    "partcrop-v2": "#56B4E9",
+    "encodermi-v": "#D55E00",
+    "encodermi-s": "#E69F00",
+    "encodermi-t": "#7A3E00",
+    "lpla": "#C9B800",
+    "mim": "#009E73",
+    "seg-loss-map": "#7B2D8B",
+    "seg-concat": "#CC79A7",
+    "seg-full-image": "#3B0F5C",
+    "seg-global-loss": "#B9A7E0",
+    "seg-label-only": "#8C510A",
+}
+_SPARE_COLORS = ("#882255", "#44AA99", "#DDCC77", "#332288", "#117733", "#AA4499", "#88CCEE", "#CC6677")
+CONTROL_STYLES = {
+    "no-model": {"color": "#222222", "linestyle": (0, (4, 2)), "marker": "x"},
+    "untrained": {"color": "#666666", "linestyle": (0, (4, 1.5, 1, 1.5)), "marker": "+"},
+    "permuted": {"color": "#909090", "linestyle": (0, (1, 1.5)), "marker": "1"},
+}
+METHOD_MARKERS = {
+    "mae": "o", "simmim": "s", "dino": "^", "moco": "D", "simclr": "v", "supervised": "P", "ibot": "<", "cae": ">",
+    "byol": "p", "clip": "*", "unet": "h", "upernet": "H", "pspnet": "d", "deeplabv3plus": "X",
+}  # fmt: skip
+_METHOD_LINES = {"mae": "-", "dino": (0, (6, 1)), "moco": (0, (3, 1, 1, 1)), "simclr": (0, (2, 1))}  # fmt: skip
+METHOD_LABELS = {
+    "mae": "MAE", "simmim": "SimMIM", "dino": "DINO", "moco": "MoCo v3", "simclr": "SimCLR",
+    "supervised": "Supervised", "ibot": "iBOT", "cae": "CAE", "byol": "BYOL", "clip": "CLIP", "unet": "U-Net",
+    "upernet": "UPerNet", "pspnet": "PSPNet", "deeplabv3plus": "DeepLabV3+",
+}  # fmt: skip
+ATTACK_LABELS = {
+    "partcrop": "PartCrop", "partcrop-v2": "PartCrop-v2", "encodermi-v": "EncoderMI-V", "encodermi-s": "EncoderMI-S",
+    "encodermi-t": "EncoderMI-T", "lpla": "LpLA", "mim": "MIM attack", "seg-loss-map": "Loss map",
+    "seg-concat": "Concatenation", "seg-full-image": "Full image", "seg-global-loss": "Global loss",
+    "seg-label-only": "Label only",
+}  # fmt: skip
+CONTROL_LABELS = {"no-model": "no model", "untrained": "untrained encoder", "permuted": "permuted labels"}
+MEMBER_COLOR, STRANGER_COLOR = "#D81B60", "#00695C"  # apart in lightness and hue for every color vision deficiency
+MEMBER_LINE, STRANGER_LINE = "-", (0, (4, 1.5))
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so the letters are the same on every machine
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "figure.titlesize": 9,
+    "figure.titleweight": "bold",
+    "figure.facecolor": "white",
+    "figure.dpi": 120,
+    "savefig.dpi": 200,
+    "savefig.facecolor": "white",
+    "image.interpolation": "nearest",
+    "image.cmap": "magma",
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.5,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- style
+
+
+def use_style() -> None:
+    """Set the style of the book for this process (the registry and ``save`` apply it by themselves)."""
+    mpl.rcParams.update(STYLE)
+
+
+def color_of(attack: str, control: str = "") -> str:
+    """Return the color of an attack, or the grey of a control; a newly registered attack keeps one spare color."""
+    if control:
+        return CONTROL_STYLES.get(control, {"color": "#444444"})["color"]
+    if attack in CONTROL_STYLES:
+        return CONTROL_STYLES[attack]["color"]
+    # crc32, not hash(): the same name must give the same color in every process.
+    return ATTACK_COLORS.get(attack) or _SPARE_COLORS[zlib.crc32(attack.encode()) % len(_SPARE_COLORS)]
+
+
+def marker_of(method: str) -> str:
+    """Return the marker of a training method."""
+    return METHOD_MARKERS.get(str(method), "o")
+
+
+def label_of(name: str) -> str:
+    """Return the printed name of an attack, method or control."""
+    for names in (METHOD_LABELS, ATTACK_LABELS, CONTROL_LABELS):
+        if name in names:
+            return names[name]
+    return str(name)
+
+
+def format_value(value: float | None, digits: int = 2) -> str:
+    """Print a share without its leading zero: 0.807 -> ``.81``; an empty value gives an empty text."""
+    if value is None or not np.isfinite(value):
+        return ""
+    text = f"{value:.{digits}f}"
+    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
+
+
+def format_interval(value: float, low: float, high: float) -> str:
+    """Print ``.81 [.76, .86]``."""
+    return f"{format_value(value)} [{format_value(low)}, {format_value(high)}]"
+
+
+def make_figure(
+    rows: int = 1,
+    cols: int = 1,
+    *,
+    width: float = FULL,
+    height: float | None = None,
+    title: str = "",
+    sharex: bool | str = False,
+    sharey: bool | str = False,
+    **grid: Any,
+) -> tuple[Figure, np.ndarray]:
+    """Make a figure in the book's style.
+
+    Args:
+        rows, cols: panels.
+        width: 3.4 (``HALF``) or 7.0 (``FULL``) inches.
+        height: inches; default 2.4 a row.
+        title: the finding, set bold over the panels and wrapped.
+        sharex, sharey, grid: as in ``matplotlib.figure.Figure.subplots``.
+
+    Returns:
+        figure, array (rows, cols) of axes.
+    """
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(width, height or 2.4 * rows), layout="constrained")
+        axes = fig.subplots(rows, cols, sharex=sharex, sharey=sharey, squeeze=False, **grid)
+        if title:
+            set_title(fig, title)
+    return fig, axes
+
+
+def set_title(fig: Figure, title: str) -> None:
+    """Set the finding as the figure's title: left, bold, wrapped to the width."""
+    chars = int(fig.get_size_inches()[0] * TITLE_CHARS)
+    fig.suptitle("\n".join(textwrap.wrap(title, chars)), x=0.01, ha="left", fontsize=9, fontweight="bold")
+
+
+def _styled(function):
+    """Run a drawing function inside the book's style, whatever the process has set."""
+
+    def wrapper(*args, **kwargs):
+        with mpl.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    wrapper.__name__, wrapper.__doc__, wrapper.__wrapped__ = function.__name__, function.__doc__, function
+    return wrapper
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write_atomic(path: str | Path, content: bytes) -> Path:
+    """Write bytes under a temporary name and rename: a killed run leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def format_table(data: pd.DataFrame) -> str:
+    """Return the CSV text of a table: six significant digits, ``\\n`` line ends, empty cells empty."""
+    return data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def command_for(path: str | Path, profile: str | None = None) -> str:
+    """Return the command that regenerates a figure: ``fig03_x.png`` in ``quick`` -> ``./run_all.sh quick 03``."""
+    path = Path(path)
+    match = re.match(r"fig(\d\d)_", path.name)
+    return f"./run_all.sh {profile or path.parent.name}" + (f" {match.group(1)}" if match else "")
+
+
+def save(
+    fig: Figure,
+    path: str | Path,
+    data: pd.DataFrame,
+    *,
+    title: str | None = None,
+    command: str | None = None,
+    seeds: Sequence[int] | None = None,
+    caption: str = "",
+) -> Path:
+    """Write a figure and, beside it, the CSV of its plotted numbers.
+
+    Both are written atomically and hold no date, version or host: an unchanged result gives unchanged bytes. Title,
+    command, seeds and caption travel inside the PNG (text chunks), where ``report.write_index`` reads them.
+    In the folder of profile ``smoke`` the figure carries the watermark "code check, not a result".
+
+    Args:
+        fig: the figure.
+        path: ``figures/<profile>/figNN_name.png`` (the ending may be left out).
+        data: the plotted numbers.
+        title: the finding; default: the title drawn in the figure.
+        command: how to regenerate; default from the name and folder.
+        seeds: seeds drawn; default: the ``seed`` column of ``data``.
+        caption: one sentence on how to read it (for example "sweeps: one seed").
+
+    Returns:
+        path of the PNG.
+    """
+    path = Path(path)
+    path = path if path.suffix == ".png" else path.with_name(path.name + ".png")
+    if not isinstance(data, pd.DataFrame):
+        raise ValueError(f"expected a DataFrame of the plotted numbers, got {type(data).__name__}; pass data=")
+    if title is None:
+        drawn = (
+            fig._suptitle.get_text()
+            if fig._suptitle
+            else next((a.get_title("left") for a in fig.axes if a.get_title("left")), "")
+        )
+        title = " ".join(drawn.split())
+    if seeds is None:
+        column = pd.to_numeric(data["seed"], errors="coerce").dropna() if "seed" in data else []
+        seeds = sorted({int(s) for s in column})
+    metadata = {"Software": None, "Title": title, "Command": command or command_for(path)}
+    if len(seeds):
+        metadata["Seeds"] = ", ".join(map(str, seeds))
+    if caption:
+        metadata["Caption"] = caption
+    mark = None
+    if path.parent.name == "smoke":
+        mark = fig.text(
+            0.5, 0.5, WATERMARK, ha="center", va="center", rotation=18,
+            fontsize=min(26, 3.6 * fig.get_size_inches()[0]),
+            color="#B00020", alpha=0.28, fontweight="bold", zorder=1000,
+        )  # fmt: skip
+        mark.set_in_layout(False)
+    buffer = io.BytesIO()
+    try:
+        with mpl.rc_context(STYLE):
+            fig.savefig(buffer, format="png", metadata=metadata)
+    finally:
+        if mark is not None:
+            mark.remove()
+    write_atomic(path.with_suffix(".csv"), format_table(data).encode())
+    return write_atomic(path, buffer.getvalue())
+
+
+def show(path: str | Path):
+    """Return a saved figure for display in a notebook: the reader sees the very file that was written."""
+    from IPython.display import Image
+
+    with open(path, "rb") as stream:
+        content = stream.read()
+    width = int.from_bytes(content[16:20], "big")  # PNG header: width in pixels
+    return Image(content, width=min(900, width * 110 // STYLE["savefig.dpi"]))
+
+
+# --------------------------------------------------------------------------------------------------- marks
+
+
+def _require(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    missing = [c for c in columns if c not in frame]
+    if missing:
+        raise ValueError(
+            f"expected columns {', '.join(columns)}; {', '.join(missing)} missing in {list(frame.columns)}"
+        )
+    frame = frame.copy()
+    for name in ("attack", "control", "method"):
+        frame[name] = frame[name].fillna("").astype(str) if name in frame else ""
+    if "seed" not in frame:
+        frame["seed"] = np.nan
+    frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce")
+    return frame
+
+
+def _line_style(attack: str, control: str, method: str = "") -> dict[str, Any]:
+    if control:
+        style = CONTROL_STYLES.get(control, CONTROL_STYLES["no-model"])
+        return {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.0}
+    return {"color": color_of(attack), "linestyle": _METHOD_LINES.get(method, "-"), "linewidth": 1.5}
+
+
+def draw_chance(ax: Axes, *, axis: str = "y", value: float = 0.5) -> None:
+    """Draw the chance line of an AUC axis."""
+    line = ax.axhline if axis == "y" else ax.axvline
+    line(value, color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), zorder=0.5)
+
+
+@_styled
+def draw_roc(ax: Axes, frame: pd.DataFrame, *, n_nonmembers: int, label_x: bool = True, label_y: bool = True) -> None:
+    """Draw log-log ROC curves with the chance line, 95 % band, every seed a thin line.
+
+    Args:
+        ax: axes.
+        frame: columns ``fpr, tpr, tpr_low, tpr_high, attack, control, seed``; rows with a seed are thin lines.
+        n_nonmembers: evaluated non-members; the x axis starts at ``1 / n_nonmembers``, below which nothing is measured.
+        label_x, label_y: name the axes.
+    """
+    frame = _require(frame, "fpr", "tpr")
+    floor = 1.0 / max(int(n_nonmembers), 10)
+    ax.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.15))
+    ax.plot([floor, 1], [floor, 1], color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), zorder=0.5)
+    for (attack, control, _), part in frame.groupby(["attack", "control", "method"], sort=False):
+        style = _line_style(attack, control)
+        for _, one in part[part["seed"].notna()].groupby("seed"):
+            ax.plot(one["fpr"], one["tpr"].clip(lower=floor / 3), color=style["color"], linewidth=0.5, alpha=0.6)
+        mean = part[part["seed"].isna()].sort_values("fpr", kind="stable")
+        if mean.empty:
+            continue
+        x = mean["fpr"].to_numpy(float)
+        if {"tpr_low", "tpr_high"} <= set(mean) and mean["tpr_low"].notna().any():
+            low, high = (mean[c].to_numpy(float).clip(min=floor / 3) for c in ("tpr_low", "tpr_high"))
+            ax.fill_between(x, low, high, color=style["color"], alpha=0.10 if control else 0.18, linewidth=0)
+        # log axes: a rate of 0 leaves the panel at the bottom instead of breaking the line
+        ax.plot(x, mean["tpr"].to_numpy(float).clip(min=floor / 3), zorder=2 if control else 3, **style)
+    ax.grid(True, which="major")
+    ax.minorticks_off()
+    if label_x:
+        ax.set_xlabel("false positive rate")
+    if label_y:
+        ax.set_ylabel("true positive rate")
+
+
+@_styled
+def draw_intervals(
+    ax: Axes,
+    frame: pd.DataFrame,
+    *,
+    xlabel: str = "AUC",
+    chance: float | None = 0.5,
+    annotate: bool | str = True,
+    xlim: tuple[float, float] | None = None,
+) -> None:
+    """Draw a dot-and-interval plot, one line per ``label``, attacks in color and controls in grey.
+
+    Args:
+        ax: axes.
+        frame: columns ``label, value, low, high, attack, control, method, seed``; lines from top to bottom in the
+            order of first appearance; several rows with one label are set side by side; seed rows are small dots.
+        xlabel: name of the value axis.
+        chance: position of the chance line, or None.
+        annotate: print ``.81 [.76, .86]`` at the right end; ``"attack"`` prints no controls.
+        xlim: value range; default from the data.
+    """
+    frame = _require(frame, "label", "value", "low", "high")
+    labels = list(dict.fromkeys(frame["label"]))
+    if chance is not None:
+        draw_chance(ax, axis="x", value=chance)
+    for y, label in enumerate(labels):
+        part = frame[frame["label"] == label]
+        keys = list(dict.fromkeys(zip(part["attack"], part["control"], part["method"], strict=True)))
+        offsets = (np.arange(len(keys)) - (len(keys) - 1) / 2) * min(0.42, 0.72 / len(keys))
+        for (attack, control, method), offset in zip(keys, offsets, strict=True):
+            rows = part[(part["attack"] == attack) & (part["control"] == control) & (part["method"] == method)]
+            color = color_of(attack, control)
+            seeds = rows[rows["seed"].notna()]
+            ax.plot(seeds["value"], np.full(len(seeds), y + offset), ".", color=color, markersize=2.5, alpha=0.55)
+            for _, row in rows[rows["seed"].isna()].iterrows():
+                ax.plot([row["low"], row["high"]], [y + offset] * 2, color=color, linewidth=1.1, solid_capstyle="butt")
+                marker = CONTROL_STYLES.get(control, {}).get("marker") if control else marker_of(method)
+                ax.plot(row["value"], y + offset, marker=marker or "o", color=color, markersize=4.5, linestyle="none")
+                if annotate and not (annotate == "attack" and control) and np.isfinite(row["value"]):
+                    ax.annotate(
+                        format_interval(row["value"], row["low"], row["high"]), (1.0, y + offset),
+                        xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                        va="center", fontsize=6.5, color=color,
+                    )  # fmt: skip
+    values = frame[["value", "low", "high"]].to_numpy(float)
+    if xlim is None and np.isfinite(values).any():
+        low, high = np.nanmin(values), np.nanmax(values)
+        low, high = (min(low, chance), max(high, chance)) if chance is not None else (low, high)
+        pad = 0.04 * max(high - low, 0.05)
+        xlim = (low - pad, high + pad)
+    ax.set(ylim=(len(labels) - 0.4, -0.6), xlabel=xlabel, **({"xlim": xlim} if xlim else {}))
+    ax.set_yticks(range(len(labels)), labels)
+    ax.tick_params(axis="y", length=0)
+    if chance == 0.5:
+        ax.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.1))
+    ax.grid(True, axis="x")
+    ax.spines["left"].set_visible(False)
+
+
+@_styled
+def draw_sweep(
+    ax: Axes,
+    frame: pd.DataFrame,
+    *,
+    xlabel: str,
+    ylabel: str = "AUC",
+    log: bool = False,
+    chance: float | None = 0.5,
+    ticks: Sequence[float] | None = None,
+) -> None:
+    """Draw values over a swept number: line, 95 % band, dots; seeds as thin lines; controls in grey.
+
+    Args:
+        ax: axes.
+        frame: columns ``x, value, low, high, attack, control, method, seed``.
+        xlabel, ylabel: names of the axes.
+        log: logarithmic x axis.
+        chance: chance line, or None.
+        ticks: x ticks; default the swept values when there are at most nine.
+    """
+    frame = _require(frame, "x", "value", "low", "high")
+    shared = frame.loc[frame["control"] == "", "method"].nunique() > 1
+    if log and (frame["x"].astype(float) > 0).all():
+        ax.set_xscale("log")
+    elif log:  # epoch 0 belongs on the axis
+        ax.set_xscale("symlog", linthresh=frame.loc[frame["x"] > 0, "x"].min(), linscale=0.5)
+    if chance is not None:
+        draw_chance(ax, value=chance)
+    for (attack, control, method), part in frame.groupby(["attack", "control", "method"], sort=False):
+        # one panel per method needs no line styles; where methods share a panel, marker and line style tell them apart
+        style = _line_style(attack, control, method if shared else "")
+        seeded = part[part["seed"].notna()]
+        if seeded["seed"].nunique() > 1:
+            for _, one in seeded.groupby("seed"):
+                one = one.sort_values("x", kind="stable")
+                ax.plot(one["x"], one["value"], color=style["color"], linewidth=0.5, alpha=0.5)
+        mean = part[part["seed"].isna()].sort_values("x", kind="stable")
+        if mean.empty:
+            continue
+        x = mean["x"].to_numpy(float)
+        ax.fill_between(
+            x,
+            mean["low"].astype(float),
+            mean["high"].astype(float),
+            color=style["color"],
+            alpha=0.08 if control else 0.16,
+            linewidth=0,
+        )
+        ax.plot(x, mean["value"], **style)
+        marker = CONTROL_STYLES[control]["marker"] if control in CONTROL_STYLES else marker_of(method)
+        ax.plot(
+            x, mean["value"], marker=marker, linestyle="none", color=style["color"], markersize=3.5 if control else 4.5
+        )
+    drawn = sorted(set(frame["x"].dropna().astype(float)))
+    ticks = ticks if ticks is not None else (drawn if len(drawn) <= 9 else None)
+    if ticks is not None:
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(True)
+
+
+@_styled
+def draw_points(
+    ax: Axes, frame: pd.DataFrame, *, xlabel: str, ylabel: str = "AUC", log: bool = True, chance: float | None = 0.5
+) -> None:
+    """Draw single results with their intervals over a number: color per attack, marker per method, controls in grey.
+
+    Args:
+        ax: axes.
+        frame: columns ``x, value, low, high, attack, control, method, seed``.
+        xlabel, ylabel: names of the axes.
+        log: logarithmic x axis.
+        chance: chance line, or None.
+    """
+    frame = _require(frame, "x", "value", "low", "high")
+    if log:
+        ax.set_xscale("log")
+    if chance is not None:
+        draw_chance(ax, value=chance)
+    for (attack, control, method), part in frame[frame["seed"].isna()].groupby(
+        ["attack", "control", "method"], sort=False
+    ):
+        color = color_of(attack, control)
+        marker = CONTROL_STYLES[control]["marker"] if control in CONTROL_STYLES else marker_of(method)
+        ax.vlines(part["x"], part["low"], part["high"], color=color, linewidth=0.7, alpha=0.45, zorder=2)
+        ax.plot(
+            part["x"],
+            part["value"],
+            marker=marker,
+            linestyle="none",
+            color=color,
+            markersize=3.5 if control else 5,
+            zorder=2 if control else 3,
+        )
+    seeds = frame[frame["seed"].notna() & (frame["control"] == "")]
+    for attack, part in seeds.groupby("attack"):
+        ax.plot(part["x"], part["value"], ".", color=color_of(attack), markersize=2, alpha=0.6)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if log:
+        ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.grid(True)
+
+
+@_styled
+def draw_matrix(
+    ax: Axes,
+    frame: pd.DataFrame,
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    vmin: float = 0.5,
+    vmax: float = 1.0,
+    n_head: int | None = None,
+) -> None:
+    """Draw a matrix of values with their intervals in the cells; missing cells are hatched.
+
+    Args:
+        ax: axes.
+        frame: columns ``row, column, value, low, high``, in the order of first appearance.
+        xlabel, ylabel: what columns and rows are.
+        vmin, vmax: color range; white is chance.
+        n_head: rows above this index are set off from those below (attacks above, controls below).
+    """
+    frame = _require(frame, "row", "column", "value", "low", "high")
+    rows, columns = list(dict.fromkeys(frame["row"])), list(dict.fromkeys(frame["column"]))
+    for (row, column), part in frame[frame["seed"].isna()].groupby(["row", "column"], sort=False):
+        y, x = rows.index(row), columns.index(column)
+        value, low, high = (float(part[c].iloc[0]) for c in ("value", "low", "high"))
+        if not np.isfinite(value):
+            continue
+        shade = np.clip((value - vmin) / (vmax - vmin), 0, 1)
+        ax.add_patch(
+            Rectangle(
+                (x - 0.5, y - 0.5),
+                1,
+                1,
+                facecolor=mpl.colormaps["Blues"](0.9 * shade),
+                edgecolor="white",
+                linewidth=1.2,
+            )
+        )
+        ink = "white" if shade > 0.62 else "black"
+        ax.text(x, y - 0.12, format_value(value), ha="center", va="center", color=ink, fontsize=8, fontweight="bold")
+        ax.text(
+            x, y + 0.25, f"[{format_value(low)}, {format_value(high)}]", ha="center", va="center", color=ink, fontsize=6
+        )
+    filled = {
+        (r, c) for r, c, v in zip(frame["row"], frame["column"], frame["value"], strict=True) if np.isfinite(float(v))
+    }
+    for y, row in enumerate(rows):
+        for x, column in enumerate(columns):
+            if (row, column) not in filled:
+                ax.add_patch(
+                    Rectangle(
+                        (x - 0.5, y - 0.5), 1, 1, facecolor="#F6F6F6", edgecolor="#D0D0D0", hatch="////", linewidth=0
+                    )
+                )
+    if n_head is not None and 0 < n_head < len(rows):
+        ax.axhline(n_head - 0.5, color="#222222", linewidth=1.0)
+    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def count_scores(score: np.ndarray, is_member: np.ndarray, *, bins: int = 30) -> pd.DataFrame:
+    """Bin scores of members and strangers on one scale.
+
+    Args:
+        score: (N,) float, higher = more likely a member.
+        is_member: (N,) bool.
+        bins: number of equal bins between the 0.5 and 99.5 percentile (scores outside fall into the end bins).
+
+    Returns:
+        columns ``bin_low, bin_high, member, stranger``: shares of each class per bin, each summing to 1.
+    """
+    score, is_member = np.asarray(score, float), np.asarray(is_member, bool)
+    if score.shape != is_member.shape or score.ndim != 1:
+        raise ValueError(f"expected score and is_member of one shape (N,), got {score.shape} and {is_member.shape}")
+    low, high = np.percentile(score, [0.5, 99.5])
+    edges = np.linspace(low, high if high > low else low + 1.0, bins + 1)
+    inside = np.clip(score, edges[0], edges[-1])
+    share = [np.histogram(inside[m], edges)[0] / max(int(m.sum()), 1) for m in (is_member, ~is_member)]
+    return pd.DataFrame({"bin_low": edges[:-1], "bin_high": edges[1:], "member": share[0], "stranger": share[1]})
+
+
+@_styled
+def draw_histograms(ax: Axes, frame: pd.DataFrame, *, xlabel: str = "attack score", legend: bool = True) -> None:
+    """Draw the pair of score histograms made by ``count_scores``."""
+    frame = _require(frame, "bin_low", "bin_high", "member", "stranger")
+    edges = [*frame["bin_low"], frame["bin_high"].iloc[-1]]
+    for name, color, line in (("member", MEMBER_COLOR, MEMBER_LINE), ("stranger", STRANGER_COLOR, STRANGER_LINE)):
+        ax.stairs(frame[name], edges, fill=True, color=color, alpha=0.22)
+        ax.stairs(frame[name], edges, color=color, linewidth=1.2, linestyle=line, label=name + "s")
+    ax.set(xlabel=xlabel, ylabel="share of images")
+    if legend:
+        ax.legend(loc="best", handlelength=1.6)
+
+
+@_styled
+def draw_part_curves(
+    ax: Axes, frame: pd.DataFrame, *, xlabel: str = "part rank", ylabel: str = "response", legend: bool = True
+) -> None:
+    """Draw part-response curves of members and strangers with their bands (PartCrop's Figure 2).
+
+    Args:
+        ax: axes.
+        frame: columns ``x, value, low, high, group`` with group ``member`` or ``stranger``.
+        xlabel, ylabel: names of the axes.
+        legend: name the two curves.
+    """
+    frame = _require(frame, "x", "value", "low", "high", "group")
+    for name, color, line in (("member", MEMBER_COLOR, MEMBER_LINE), ("stranger", STRANGER_COLOR, STRANGER_LINE)):
+        part = frame[(frame["group"] == name) & frame["seed"].isna()].sort_values("x", kind="stable")
+        ax.fill_between(
+            part["x"].astype(float),
+            part["low"].astype(float),
+            part["high"].astype(float),
+            color=color,
+            alpha=0.18,
+            linewidth=0,
+        )
+        ax.plot(part["x"], part["value"], color=color, linestyle=line, label=name + "s")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(True)
+    if legend:
+        ax.legend(loc="best", handlelength=1.8)
+
+
+@_styled
+def draw_losses(
+    ax: Axes, history: pd.DataFrame, *, log: bool = True, legend: bool = True, ylabel: str = "loss"
+) -> None:
+    """Draw the training loss on members and on held-out images; the gap is what an attacker can hope for.
+
+    Args:
+        ax: axes.
+        history: columns ``epoch, loss_members, loss_heldout``.
+        log: logarithmic epoch axis (epoch 0 is drawn at 1).
+        legend: name the two curves.
+        ylabel: name of the loss.
+    """
+    history = _require(history, "epoch", "loss_members", "loss_heldout")
+    x = history["epoch"].astype(float)
+    if log:
+        ax.set_xscale("log")
+        x = x.clip(lower=1)
+    for column, name, color, line in (
+        ("loss_members", "members", MEMBER_COLOR, MEMBER_LINE),
+        ("loss_heldout", "strangers", STRANGER_COLOR, STRANGER_LINE),
+    ):
+        keep = history[column].notna()
+        ax.plot(x[keep], history[column][keep], color=color, linestyle=line, label=name)
+    ax.set(xlabel="epoch", ylabel=ylabel)
+    ax.grid(True)
+    if log:
+        ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+        ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    if legend:
+        ax.legend(loc="best", handlelength=1.8)
+
+
+@_styled
+def draw_ladder(ax: Axes, frame: pd.DataFrame, *, xlabel: str = "AUC of an attacker who never sees the model") -> None:
+    """Draw the blind ladder: one bar from chance per protocol rung, its interval and its value.
+
+    Args:
+        ax: axes.
+        frame: columns ``label, value, low, high, flawed`` (bool: the rung has a known flaw; its bar is red) and
+            optionally ``seed``; rungs from top to bottom in the order of first appearance.
+        xlabel: name of the value axis.
+    """
+    frame = _require(frame, "label", "value", "low", "high", "flawed")
+    labels = list(dict.fromkeys(frame["label"]))
+    for y, label in enumerate(labels):
+        part = frame[frame["label"] == label]
+        for _, row in part[part["seed"].isna()].iterrows():
+            color = "#B3392F" if bool(row["flawed"]) else "#4D4D4D"
+            ax.barh(y, row["value"] - 0.5, left=0.5, height=0.62, color=color, alpha=0.30, linewidth=0)
+            ax.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.4)
+            ax.plot(row["value"], y, "x", color=color, markersize=5, markeredgewidth=1.4)
+            ax.annotate(
+                format_interval(row["value"], row["low"], row["high"]), (1.0, y), xycoords=("axes fraction", "data"),
+                xytext=(4, 0), textcoords="offset points", va="center", fontsize=7, color=color,
+            )  # fmt: skip
+        seeds = part[part["seed"].notna()]
+        ax.plot(seeds["value"], np.full(len(seeds), y), ".", color="#222222", markersize=2.5)
+    draw_chance(ax, axis="x")
+    values = frame[["value", "low"]].to_numpy(float)
+    low = min(0.45, float(np.nanmin(values)) - 0.02) if np.isfinite(values).any() else 0.45
+    ax.set(xlim=(low, 1.0), ylim=(len(labels) - 0.4, -0.6), xlabel=xlabel)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.grid(True, axis="x")
+
+
+def make_legend(fig: Figure, frame: pd.DataFrame, *, lines: bool = True, seeds: bool = False) -> None:
+    """Put one legend under the panels for the attacks and controls a table holds.
+
+    Args:
+        fig: the figure.
+        frame: columns ``attack, control`` (and ``seed``).
+        lines: curves with a chance line; else dots with intervals.
+        seeds: name the thin lines, where the table holds several seeds.
+    """
+    frame = _require(frame)
+    handles = []
+    for attack in dict.fromkeys(frame.loc[(frame["control"] == "") & (frame["attack"] != ""), "attack"]):
+        marker = "" if lines else "o"
+        handles.append(Line2D([], [], color=color_of(attack), marker=marker, linewidth=1.4, label=label_of(attack)))
+    for control in dict.fromkeys(frame.loc[frame["control"] != "", "control"]):
+        style = _line_style("", control)
+        if not lines:
+            style |= {"linestyle": "-", "marker": CONTROL_STYLES.get(control, {}).get("marker", "")}
+        handles.append(Line2D([], [], label=label_of(control), **style))
+    if seeds and frame["seed"].nunique() > 1:
+        handles.append(Line2D([], [], color="#777777", linewidth=0.5, label="one seed each"))
+    if lines:
+        handles.append(Line2D([], [], color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), label="chance"))
+    per_row = max(2, int(fig.get_size_inches()[0] / 1.16))
+    if handles:
+        with mpl.rc_context(STYLE):
+            fig.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), per_row), handlelength=2.4)
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def _as_image(image: Any) -> np.ndarray:
+    """Return an image as (H, W, 3) or (H, W); accepts uint8 or float in [0, 1], numpy or torch, channels anywhere."""
+    if hasattr(image, "detach"):
+        image = image.detach().cpu().numpy()
+    image = np.asarray(image)
+    if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
+        image = image.transpose(1, 2, 0)
+    return image if image.dtype == np.uint8 else np.clip(image.astype(float), 0, 1)
+
+
+def _bare(ax: Axes, color: str | None = None, linewidth: float = 2.0, linestyle: Any = "-") -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(color is not None)
+        if color is not None:
+            spine.set(edgecolor=color, linewidth=linewidth, linestyle=linestyle)
+
+
+def _draw_box(ax: Axes, box: Sequence[float], *, scale: tuple[float, float] = (1.0, 1.0), color: str = "white") -> None:
+    y0, x0, y1, x1 = (float(v) for v in box)
+    for ink, width in (("black", 2.2), (color, 1.1)):  # a dark rim keeps the box visible on bright pictures
+        ax.add_patch(
+            Rectangle(
+                (x0 * scale[1] - 0.5, y0 * scale[0] - 0.5),
+                (x1 - x0) * scale[1],
+                (y1 - y0) * scale[0],
+                fill=False,
+                edgecolor=ink,
+                linewidth=width,
+            )
+        )
+
+
+@_styled
+def draw_guess_grid(
+    images: np.ndarray,
+    *,
+    is_member: np.ndarray | None = None,
+    score: np.ndarray | None = None,
+    guess: np.ndarray | None = None,
+    image_ids: Sequence[str] | None = None,
+    title: str = "Ten of these pictures trained the model. Which ones?",
+    cols: int = 10,
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw "spot the member": numbered pictures; with the answers given, framed by membership and scored.
+
+    Args:
+        images: (N, H, W, 3) uint8, 20 of them as a rule.
+        is_member: (N,) bool; None keeps the answers hidden.
+        score: (N,) attack scores, higher = more likely a member; printed under each picture with its rank.
+        guess: (N,) bool, for example the attack's guesses; a check or a cross is printed beside the number.
+        image_ids: (N,) names for the table.
+        title: the question, or the finding.
+        cols: pictures a row.
+
+    Returns:
+        figure, table with ``number, image_id, is_member, score, guess`` (hidden answers stay empty).
+    """
+    n = len(images)
+    rows = -(-n // cols)
+    answers = is_member is not None
+    fig, axes = make_figure(
+        rows,
+        cols,
+        height=(0.92 if score is not None else 0.84) * rows * 10 / cols + (0.62 if answers else 0.42),
+        title=title,
+    )
+    for i, ax in enumerate(axes.flat):
+        if i >= n:
+            ax.set_axis_off()
+            continue
+        ax.imshow(_as_image(images[i]))
+        if answers:
+            color, line = (MEMBER_COLOR, MEMBER_LINE) if is_member[i] else (STRANGER_COLOR, STRANGER_LINE)
+            _bare(ax, color, 2.4, line)
+        else:
+            _bare(ax, "#BBBBBB", 0.6)
+        text = str(i + 1)
+        if guess is not None and answers:
+            text += "  ✓" if bool(guess[i]) == bool(is_member[i]) else "  ✗"
+        ax.set_title(text, fontsize=7, loc="center", pad=2)
+        if score is not None:
+            ax.set_xlabel(format_value(float(score[i])), fontsize=6.5, labelpad=1.5)
+    if answers:
+        fig.legend(
+            handles=[
+                Patch(facecolor="none", edgecolor=MEMBER_COLOR, linewidth=2, label="member (trained the model)"),
+                Patch(
+                    facecolor="none", edgecolor=STRANGER_COLOR, linewidth=2, linestyle=STRANGER_LINE,
+                    label="stranger (never seen)",
+                ),
+            ],
+            loc="outside lower left", ncols=2,
+        )  # fmt: skip
+    empty = [np.nan] * n
+    table = pd.DataFrame(
+        {
+            "number": np.arange(1, n + 1),
+            "image_id": list(image_ids) if image_ids is not None else [""] * n,
+            "is_member": np.asarray(is_member, int) if answers else empty,
+            "score": np.asarray(score, float) if score is not None else empty,
+            "guess": np.asarray(guess, int) if guess is not None else empty,
+        }
+    )
+    return fig, table
+
+
+@_styled
+def draw_part_responses(
+    images: np.ndarray,
+    boxes: np.ndarray,
+    maps: np.ndarray,
+    labels: Sequence[str],
+    *,
+    names: Sequence[str],
+    title: str,
+    is_member: Sequence[bool] | None = None,
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw how an encoder answers to one part: the picture with the part's box, beside it one response map per encoder.
+
+    Maps of one encoder share one color scale over all rows, so member and stranger can be compared by eye.
+
+    Args:
+        images: (R, H, W, 3) uint8, one row each.
+        boxes: (R, 4) part boxes y0, x0, y1, x1 in pixels.
+        maps: (R, E, h, w) responses, for example the softmax over tokens of METHODS' v_i, as numpy or torch.
+        labels: R row names, for example ``"member: chair, seat"``.
+        names: E encoder names (``"mae"`` prints as MAE).
+        title: the finding.
+        is_member: R values; frames the picture in the member or stranger color.
+
+    Returns:
+        figure, table ``row, label, is_member, encoder, y, x, response``.
+    """
+    maps = np.asarray(maps.detach().cpu() if hasattr(maps, "detach") else maps, float)
+    rows, n_encoders = maps.shape[:2]
+    if len(images) != rows or len(boxes) != rows or len(labels) != rows or len(names) != n_encoders:
+        raise ValueError(
+            f"expected {rows} images, boxes and labels and {n_encoders} names, "
+            f"got {len(images)}, {len(boxes)}, {len(labels)}, {len(names)}"
+        )
+    cell = min(1.25, (FULL - 0.9) / (n_encoders + 1))
+    fig, axes = make_figure(rows, n_encoders + 1, height=(cell + 0.22) * rows + 0.75, title=title)
+    peaks = maps.max(axis=(0, 2, 3))
+    for r in range(rows):
+        image = _as_image(images[r])
+        ax = axes[r, 0]
+        ax.imshow(image)
+        member = None if is_member is None else bool(is_member[r])
+        _bare(
+            ax,
+            "#BBBBBB" if member is None else (MEMBER_COLOR if member else STRANGER_COLOR),
+            2.4,
+            "-" if member in (None, True) else STRANGER_LINE,
+        )
+        _draw_box(ax, boxes[r], color="#FFE14D")
+        ax.set_ylabel(
+            "\n".join(textwrap.wrap(labels[r], 16)), rotation=0, ha="right", va="center", fontsize=7.5, labelpad=6
+        )
+        for e in range(n_encoders):
+            ax = axes[r, e + 1]
+            picture = ax.imshow(maps[r, e], vmin=0, vmax=peaks[e] if peaks[e] > 0 else 1)
+            scale = (maps.shape[2] / image.shape[0], maps.shape[3] / image.shape[1])
+            _draw_box(ax, boxes[r], scale=scale, color="#FFE14D")
+            _bare(ax)
+            ax.set_xlabel(f"peak {format_value(maps[r, e].max())}", fontsize=7, labelpad=2)
+            if r == 0:
+                ax.set_title(label_of(names[e]), loc="center", fontsize=8)
+            if r == rows - 1:
+                bar = fig.colorbar(
+                    picture, ax=list(axes[:, e + 1]), location="bottom", fraction=0.05, shrink=0.8, aspect=18, pad=0.02
+                )
+                bar.ax.tick_params(labelsize=6, length=2)
+                bar.outline.set_visible(False)
+                bar.locator = mpl.ticker.MaxNLocator(3)
+                bar.update_ticks()
+    axes[0, 0].set_title("picture and part", loc="center", fontsize=8)
+    index = np.indices(maps.shape).reshape(4, -1)
+    table = pd.DataFrame(
+        {
+            "row": index[0], "label": np.asarray(labels, object)[index[0]],
+            "is_member": np.nan if is_member is None else np.asarray(is_member, int)[index[0]],
+            "encoder": np.asarray(names, object)[index[1]], "y": index[2], "x": index[3], "response": maps.ravel(),
+        }
+    )  # fmt: skip
+    return fig, table
+
+
+@_styled
+def draw_reconstructions(
+    originals: np.ndarray,
+    reconstructions: np.ndarray,
+    history: pd.DataFrame,
+    *,
+    epochs: Sequence[int],
+    title: str,
+    masked: np.ndarray | None = None,
+    errors: np.ndarray | None = None,
+    row_names: Sequence[str] = ("member", "stranger"),
+    loss_name: str = "reconstruction loss",
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw a member and a stranger reconstructed along training, above the parting loss curves.
+
+    Args:
+        originals: (2, H, W, 3) uint8 or float in [0, 1]: member, stranger.
+        reconstructions: (2, E, H, W, 3), one per shown epoch.
+        history: columns ``epoch, loss_members, loss_heldout``.
+        epochs: E shown epochs, for example 0, 50, 500, 1000; marked in the loss panel.
+        title: the finding.
+        masked: (2, H, W, 3) what the model saw (optional column).
+        errors: (2, E) reconstruction errors printed under the pictures; default: mean squared difference.
+        row_names: names of the two rows.
+        loss_name: name of the loss axis.
+
+    Returns:
+        figure, table: the history with ``kind=loss`` and the pictures' errors with ``kind=picture``.
+    """
+    originals = np.stack([_as_image(o) for o in originals])
+    pictures = [[_as_image(p) for p in row] for row in reconstructions]
+    if len(originals) != len(pictures) or any(len(row) != len(epochs) for row in pictures):
+        raise ValueError(
+            f"expected {len(originals)} rows of {len(epochs)} reconstructions, got {[len(r) for r in pictures]}"
+        )
+    unit = originals / (255.0 if originals.dtype == np.uint8 else 1.0)
+    if errors is None:
+        floats = [[p / (255.0 if p.dtype == np.uint8 else 1.0) for p in row] for row in pictures]
+        errors = np.array([[float(((p - o) ** 2).mean()) for p in row] for row, o in zip(floats, unit, strict=True)])
+    columns = [("original", list(originals), None)]
+    if masked is not None:
+        columns.append(("what it sees", [_as_image(m) for m in masked], None))
+    for e, epoch in enumerate(epochs):
+        columns.append((f"epoch {epoch:,}", [row[e] for row in pictures], np.asarray(errors)[:, e]))
+    n_rows, n_cols = len(originals), len(columns)
+    cell = min(1.3, (FULL - 0.8) / n_cols)
+    fig = Figure(figsize=(FULL, (cell + 0.2) * n_rows + 0.45 + 1.75), layout="constrained")
+    set_title(fig, title)
+    grid = fig.add_gridspec(n_rows + 1, n_cols, height_ratios=[cell + 0.2] * n_rows + [1.6])
+    for c, (name, images, error) in enumerate(columns):
+        for r in range(n_rows):
+            ax = fig.add_subplot(grid[r, c])
+            ax.imshow(images[r])
+            _bare(
+                ax,
+                (MEMBER_COLOR if r == 0 else STRANGER_COLOR) if c == 0 else None,
+                2.4,
+                "-" if r == 0 else STRANGER_LINE,
+            )
+            if r == 0:
+                ax.set_title(name, loc="center", fontsize=7.5, pad=3)
+            if c == 0:
+                ax.set_ylabel(
+                    row_names[r], fontsize=8, color=MEMBER_COLOR if r == 0 else STRANGER_COLOR, fontweight="bold"
+                )
+            if error is not None:
+                ax.set_xlabel(f"error {format_value(float(error[r]), 3)}", fontsize=7, labelpad=2)
+    ax = fig.add_subplot(grid[n_rows, :])
+    draw_losses(ax, history, ylabel=loss_name)
+    for epoch in epochs:
+        ax.axvline(max(epoch, 1), color="#BBBBBB", linewidth=0.7, zorder=0.4)
+    ax.set_xlim(left=1)
+    losses = history[["epoch", "loss_members", "loss_heldout"]].assign(kind="loss")
+    shown = pd.DataFrame({"kind": "picture", "epoch": list(epochs)})
+    for r, name in enumerate(row_names):
+        shown[f"error_{name}"] = np.asarray(errors)[r]
+    return fig, pd.concat([losses, shown], ignore_index=True)[
+        ["kind", "epoch", "loss_members", "loss_heldout", *[f"error_{n}" for n in row_names]]
+    ]
+
+
+@_styled
+def draw_similarity_maps(
+    image: np.ndarray,
+    box: Sequence[float],
+    maps: np.ndarray,
+    *,
+    names: Sequence[str],
+    title: str,
+    value_name: str = "similarity",
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw the similarity of one part with every place of its picture, one map per encoder, each on its own scale.
+
+    Args:
+        image: (H, W, 3) uint8.
+        box: y0, x0, y1, x1 of the part in pixels.
+        maps: (E, h, w) or a list of E maps of different sizes (token grids differ between encoders).
+        names: E encoder names.
+        title: the finding.
+        value_name: what the maps hold.
+
+    Returns:
+        figure, table ``encoder, y, x, <value_name>``.
+    """
+    maps = [np.asarray(m.detach().cpu() if hasattr(m, "detach") else m, float) for m in maps]
+    if len(maps) != len(names):
+        raise ValueError(f"expected one name per map, got {len(names)} names and {len(maps)} maps")
+    cols = min(len(maps) + 1, 7)
+    rows = -(-(len(maps) + 1) // cols)
+    fig, axes = make_figure(rows, cols, height=(FULL / cols + 0.3) * rows + 0.35, title=title)
+    flat = list(axes.flat)
+    image = _as_image(image)
+    flat[0].imshow(image)
+    _bare(flat[0])
+    _draw_box(flat[0], box, color="#FFE14D")
+    flat[0].set_title("picture and part", loc="center", fontsize=7.5)
+    tables = []
+    for ax, grid, name in zip(flat[1:], maps, names, strict=False):
+        ax.imshow(grid)
+        _bare(ax)
+        _draw_box(ax, box, scale=(grid.shape[0] / image.shape[0], grid.shape[1] / image.shape[1]), color="#FFE14D")
+        ax.set_title("\n".join(textwrap.wrap(label_of(name), 14)), loc="center", fontsize=7.5)
+        ax.set_xlabel(f"{format_value(grid.min())} to {format_value(grid.max())}", fontsize=6.5, labelpad=2)
+        y, x = np.indices(grid.shape)
+        tables.append(pd.DataFrame({"encoder": name, "y": y.ravel(), "x": x.ravel(), value_name: grid.ravel()}))
+    for ax in flat[len(maps) + 1 :]:
+        ax.set_axis_off()
+    return fig, pd.concat(tables, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One box of ``draw_pipeline``.
+
+    Attributes:
+        title: what it is, two or three words.
+        content: (H, W, 3) image, (H, W) heat map, (n,) vector drawn as bars, a list of images (drawn as a 3 x 3 sheet),
+            text (a score in large letters), or None for an empty frame.
+        caption: under the box, for example the shape or a number.
+        arrow: over the arrow that leaves the box, for example "encoder".
+    """
+
+    title: str
+    content: Any = None
+    caption: str = ""
+    arrow: str = ""
+
+
+@_styled
+def draw_pipeline(
+    steps: Sequence[Step | tuple | Mapping], *, title: str, per_line: int = 5
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw "the attack in one picture": boxes with real tensors as thumbnails, joined by arrows.
+
+    Args:
+        steps: ``Step`` objects, ``(title, content, caption, arrow)`` tuples or mappings.
+        title: the idea in one sentence.
+        per_line: boxes a line; more steps wrap to the next line.
+
+    Returns:
+        figure, table ``step, title, caption, shape, minimum, maximum``.
+    """
+    boxes = [s if isinstance(s, Step) else (Step(**s) if isinstance(s, Mapping) else Step(*s)) for s in steps]
+    cols = min(per_line, len(boxes))
+    lines = -(-len(boxes) // cols)
+    chars = int(FULL / cols * 12.5)
+    titles = ["\n".join(textwrap.wrap(b.title, chars)) for b in boxes]
+    captions = ["\n".join(textwrap.wrap(b.caption, int(chars * 1.15))) for b in boxes]
+    # inches; text takes 0.14 a line
+    side = FULL / cols * 0.70
+    top = 0.16 * max(t.count("\n") + 1 for t in titles) + 0.10
+    bottom = 0.14 * max(c.count("\n") + 1 for c in captions) + 0.12
+    heading = "\n".join(textwrap.wrap(title, int(FULL * TITLE_CHARS)))
+    head = 0.17 * (heading.count("\n") + 1) + 0.10
+    height = head + lines * (top + side + bottom)
+    fig = Figure(figsize=(FULL, height))
+    fig.suptitle(heading, x=0.01, y=1 - 0.05 / height, ha="left", va="top", fontsize=9, fontweight="bold")
+    pitch = FULL / cols
+    records = []
+    for i, box in enumerate(boxes):
+        line, col = divmod(i, cols)
+        left = col * pitch + (pitch - side) / 2
+        low = height - head - line * (top + side + bottom) - top - side
+        ax = fig.add_axes((left / FULL, low / height, side / FULL, side / height))
+        content = box.content.detach().cpu().numpy() if hasattr(box.content, "detach") else box.content
+        _draw_content(fig, ax, content)
+        fig.text(
+            (left + side / 2) / FULL,
+            (low + side + 0.06) / height,
+            titles[i],
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            fontweight="bold",
+        )
+        fig.text(
+            (left + side / 2) / FULL,
+            (low - 0.07) / height,
+            captions[i],
+            ha="center",
+            va="top",
+            fontsize=7,
+            color="#444444",
+        )
+        if i + 1 < len(boxes):
+            middle = low + side / 2
+            if col + 1 < cols:
+                start, end = (left + side + 0.05, middle), (left + pitch - 0.05, middle)
+                text_at = ((start[0] + end[0]) / 2, middle + 0.05)
+            else:  # the line is full: a short arrow out of the right side says that it goes on below
+                start, end = (left + side + 0.05, middle), (FULL - 0.04, middle)
+                text_at = ((start[0] + end[0]) / 2, middle + 0.05)
+            fig.add_artist(
+                FancyArrowPatch(
+                    (start[0] / FULL, start[1] / height), (end[0] / FULL, end[1] / height), transform=fig.transFigure,
+                    arrowstyle="-|>", mutation_scale=9, linewidth=1.0, color="#333333",
+                )
+            )  # fmt: skip
+            if box.arrow:
+                fig.text(
+                    text_at[0] / FULL,
+                    text_at[1] / height,
+                    "\n".join(textwrap.wrap(box.arrow, 9)),
+                    ha="center",
+                    va="bottom",
+                    fontsize=6.5,
+                    color="#333333",
+                )
+        array = (
+            np.stack([np.asarray(_as_image(c)) for c in content])
+            if isinstance(content, (list, tuple))
+            else (None if content is None or isinstance(content, str) else np.asarray(content))
+        )
+        records.append(
+            {
+                "step": i + 1, "title": box.title, "caption": box.caption,
+                "shape": "" if array is None else "x".join(map(str, array.shape)),
+                "minimum": np.nan if array is None else float(array.min()),
+                "maximum": np.nan if array is None else float(array.max()),
+            }
+        )  # fmt: skip
+    return fig, pd.DataFrame(records)
+
+
+def _draw_content(fig: Figure, ax: Axes, content: Any) -> None:
+    """Draw one pipeline box: text frame, sheet of images, bars, heat map or image."""
+    if content is None or isinstance(content, str):
+        _bare(ax, "#333333", 0.8)
+        text = "\n".join(textwrap.wrap(content or "", 9))
+        ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", fontsize=11, fontweight="bold")
+        return
+    if isinstance(content, (list, tuple)):
+        ax.set_axis_off()
+        images = [_as_image(c) for c in content]
+        n = int(np.ceil(np.sqrt(min(len(images), 9))))
+        place = ax.get_position()
+        for k, image in enumerate(images[: n * n]):
+            row, col = divmod(k, n)
+            width, height = place.width / n, place.height / n
+            small = fig.add_axes(
+                (
+                    place.x0 + col * width + 0.03 * width,
+                    place.y1 - (row + 1) * height + 0.03 * height,
+                    0.94 * width,
+                    0.94 * height,
+                )
+            )
+            small.imshow(image, aspect="auto")
+            _bare(small)
+        return
+    array = np.asarray(content)
+    if array.ndim == 1:
+        ax.bar(np.arange(len(array)), array.astype(float), width=1.0, color="#4D4D4D")
+        ax.set_xlim(-0.5, len(array) - 0.5)
+        _bare(ax, "#333333", 0.8)
+    elif array.ndim == 2:
+        ax.imshow(array.astype(float), aspect="auto")
+        _bare(ax, "#333333", 0.8)
+    else:
+        ax.imshow(_as_image(array), aspect="auto")
+        _bare(ax, "#333333", 0.8)
+
+
+__all__ = [
+    "ATTACK_COLORS", "ATTACK_LABELS", "CONTROL_LABELS", "CONTROL_STYLES", "FULL", "HALF", "MEMBER_COLOR",
+    "METHOD_LABELS",
+    "METHOD_MARKERS", "STRANGER_COLOR", "STYLE", "Step", "color_of", "command_for", "count_scores", "draw_chance",
+    "draw_guess_grid", "draw_histograms", "draw_intervals", "draw_ladder", "draw_losses", "draw_matrix",
+    "draw_part_curves", "draw_part_responses", "draw_pipeline", "draw_points", "draw_reconstructions", "draw_roc",
+    "draw_similarity_maps", "draw_sweep", "format_interval", "format_table", "format_value", "label_of", "make_figure",
+    "make_legend", "marker_of", "save", "set_title", "show", "use_style", "write_atomic",
+]  # fmt: skip

@@ -1,0 +1,71 @@
+"""Training of encoders: one file per method, one loop.
+
+``METHODS`` maps a name to (class, defaults); ``register`` adds a method from outside the package.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mia_utils import seeds
+from mia_utils.encoders import Encoder, from_module, make_backbone
+from mia_utils.pretrain import dino, mae, moco, simclr, supervised
+
+METHODS: dict[str, tuple[type, dict]] = {
+    "mae": (mae.MAE, mae.DEFAULTS),
+    "dino": (dino.DINO, dino.DEFAULTS),
+    "moco": (moco.MoCo, moco.DEFAULTS),
+    "simclr": (simclr.SimCLR, simclr.DEFAULTS),
+    "supervised": (supervised.Supervised, supervised.DEFAULTS),
+}
+
+
+def register(name: str, method: type, *, lr: float, weight_decay: float, batch_size: int, augmentation: str) -> None:
+    """Add a training method.
+
+    Args:
+        name: how profiles call it.
+        method: ``nn.Module`` class with ``pooling``, ``backbone``, ``loss(images, *, augmentation, size, rng, progress)``
+            and ``after_step(progress)``; see ``pretrain/simclr.py`` for the shortest one.
+        lr, weight_decay, batch_size, augmentation: its defaults.
+    """
+    METHODS[name] = (method, dict(lr=lr, weight_decay=weight_decay, batch_size=batch_size, augmentation=augmentation))
+
+
+def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None, **options) -> torch.nn.Module:
+    """Build a method with fresh weights; the global random state is left as it was.
+
+    Args:
+        name: a key of ``METHODS``.
+        arch: backbone (``encoders.ARCHS`` or a timm name).
+        seed: of the initial weights.
+        input_size: training resolution in pixels; None: the backbone's own.
+        options: keyword arguments of the method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
+    backbone = make_backbone(arch, seed=seed)
+    size = input_size or from_module(backbone, arch=arch, method=name).input_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            method = METHODS[name][0](backbone, input_size=size, **options)
+        except TypeError as error:
+            raise ValueError(f"{name} does not take these options: {error}") from None
+    method.input_size = size
+    return method
+
+
+def make_untrained(name: str, arch: str, *, seed: int = 0, **options) -> Encoder:
+    """Make the untrained twin: the encoder exactly as this method would begin to train it."""
+    return from_module(build(name, arch, seed=seed, **options).backbone, arch=arch, method=name, name=f"untrained-{name}")
+
+
+def derive_seed(seed: int, role: str) -> int:
+    """Seed of a row's training: a target and its shadow share the split's seed, never weights or order."""
+    return seeds.derive(seed, "training", role) % 2**31
+
+
+from mia_utils.pretrain.loop import Run, fit  # noqa: E402 - needs METHODS
+
+__all__ = ["METHODS", "Run", "build", "derive_seed", "fit", "make_untrained", "register"]

@@ -1,0 +1,308 @@
+"""The only training loop: every encoder of the book is trained here.
+
+The data set lives on the device as uint8 and is augmented there in batches. Every step draws from its own named
+stream, so a training that was killed continues with the very numbers it would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from lightly.utils.scheduler import CosineWarmupScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mia_utils import encoders, pretrain, seeds
+from mia_utils.encoders import Encoder
+
+
+@dataclass
+class Run:
+    """A finished training.
+
+    Attributes:
+        method, arch: what was trained.
+        states: epoch -> weights (``backbone.*``, and ``decoder.*`` of masked-image models); 0 is the initial state,
+            the largest is the final one.
+        history: DataFrame with epoch, loss_members, loss_heldout, lr, seconds.
+        settings: everything that was passed to ``fit``.
+        seconds: training time.
+    """
+
+    method: str
+    arch: str
+    states: dict[int, dict[str, Tensor]]
+    history: pd.DataFrame
+    settings: dict
+    seconds: float = 0.0
+    utility: dict = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Epochs whose weights were kept, ascending."""
+        return sorted(self.states)
+
+    def _build(self, epoch: int | None) -> nn.Module:
+        epoch = self.checkpoints[-1] if epoch is None else epoch
+        if epoch not in self.states:
+            raise ValueError(f"no checkpoint of epoch {epoch}: kept are {', '.join(map(str, self.checkpoints))}")
+        options = self.settings.get("options", {})
+        method = pretrain.build(self.method, self.arch, seed=self.settings["seed"], **options)
+        missing, unexpected = method.load_state_dict(self.states[epoch], strict=False)
+        absent = [key for key in missing if key.startswith(("backbone.", "decoder."))]
+        if absent or unexpected:
+            raise ValueError(f"the weights of epoch {epoch} do not fit {self.method} on {self.arch}: {absent[:1]}")
+        return method.eval()
+
+    def encoder_at(self, epoch: int | None = None) -> Encoder:
+        """Return the encoder as it was after ``epoch`` (None: the end; 0: before training)."""
+        method = self._build(epoch)
+        name = self.method if epoch is None else f"{self.method}@{epoch}"
+        return encoders.from_module(
+            method.backbone, arch=self.arch, method=self.method, name=name, input_size=method.input_size
+        )
+
+    def autoencoder_at(self, epoch: int | None = None) -> nn.Module | None:
+        """Return encoder and decoder together (``reconstruct``), None where the method has no decoder."""
+        method = self._build(epoch)
+        return method if hasattr(method, "reconstruct") else None
+
+    @property
+    def encoder(self) -> Encoder:
+        """The final encoder."""
+        return self.encoder_at()
+
+    @property
+    def decoder(self) -> nn.Module | None:
+        """The final autoencoder of a masked-image model, else None."""
+        return self.autoencoder_at()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write encoder.safetensors (the final encoder alone), one file per checkpoint and history.csv."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for epoch, state in self.states.items():
+            save_file({k: v.contiguous() for k, v in state.items()}, str(folder / f"epoch-{epoch:06d}.safetensors"))
+        encoders.save(self.encoder, folder / "encoder.safetensors")
+        self.history.to_csv(folder / "history.csv", index=False)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, *, settings: dict, seconds: float = 0.0, utility: dict | None = None) -> Run:
+        """Read what ``save`` wrote; ``settings`` as passed to ``fit`` (artifacts keep them in meta.json)."""
+        folder = Path(folder)
+        files = sorted(folder.glob("epoch-*.safetensors"))
+        states = {int(file.stem.split("-")[1]): load_file(str(file)) for file in files}
+        history = pd.read_csv(folder / "history.csv")
+        return cls(settings["method"], settings["arch"], states, history, settings, seconds, utility or {})
+
+
+def _export(method: nn.Module) -> dict[str, Tensor]:
+    state = method.state_dict()
+    return {k: v.detach().cpu().clone() for k, v in state.items() if k.startswith(("backbone.", "decoder."))}
+
+
+def _pick_epochs(epochs: int, checkpoints: Sequence[int] | None) -> list[int]:
+    if checkpoints is None:  # evenly in the logarithm: most happens early
+        checkpoints = [round(epochs * share) for share in (0.02, 0.05, 0.1, 0.2, 0.5)]
+    wrong = [e for e in checkpoints if not 0 <= e <= epochs]
+    if wrong:
+        raise ValueError(f"checkpoints {wrong} lie outside 0..{epochs} epochs")
+    return sorted({0, *checkpoints, epochs})
+
+
+def _measure_loss(method: nn.Module, images: Tensor, labels: Tensor | None, size: int, augmentation: str) -> float:
+    """Mean loss in eval mode with views that are the same at every call."""
+    method.eval()
+    total, rng = 0.0, seeds.rng(0, "measure-loss")
+    with torch.no_grad():
+        for start in range(0, len(images), 256):
+            batch = images[start : start + 256]
+            extra = {} if labels is None else {"labels": labels[start : start + 256]}
+            loss = method.loss(batch, augmentation=augmentation, size=size, rng=rng, progress=1.0, **extra)
+            total += float(loss) * len(batch)
+    method.train()
+    return total / len(images)
+
+
+def fit(
+    method: str,
+    images: np.ndarray,
+    *,
+    arch: str,
+    epochs: int,
+    seed: int = 0,
+    labels: np.ndarray | None = None,
+    heldout: np.ndarray | None = None,
+    heldout_labels: np.ndarray | None = None,
+    augmentation: str | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    warmup: float = 0.05,
+    checkpoints: Sequence[int] | None = None,
+    resume_path: str | Path | None = None,
+    save_every: float = 20.0,
+    progress: bool = True,
+    device: str | None = None,
+    precision: str = "32-true",
+    on_checkpoint: Callable[[int, Encoder], dict] | None = None,
+    stop_after: int | None = None,
+    **options,
+) -> Run:
+    """Train an encoder.
+
+    Args:
+        method: a key of ``pretrain.METHODS``.
+        images: (N, H, W, 3) uint8, the members.
+        arch: backbone, ``encoders.ARCHS`` or a timm name; trained at its own input size.
+        epochs: passes over the images.
+        seed: of weights, order and augmentation (streams of their own; the global random state is not used).
+        labels: (N,) int, for supervised training.
+        heldout, heldout_labels: images (M, H, W, 3) that are never trained on; their loss goes into ``history``.
+        augmentation: name from ``views.AUGMENTATIONS``; None: the method's own.
+        batch_size, lr, weight_decay: None: the method's own (AdamW).
+        warmup: share of the steps with linear warm-up; a cosine to zero follows.
+        checkpoints: epochs whose weights are kept; None: five, evenly in the logarithm. 0 and the end always are.
+        resume_path: file that keeps optimizer and step; a killed training goes on from there.
+        save_every: seconds between two writes of it.
+        progress: show a bar.
+        device: None: CUDA when there is one, else the CPU.
+        precision: lightning-fabric's name, for example ``"bf16-mixed"``.
+        on_checkpoint: called with (epoch, encoder) at every kept epoch; its dict goes into ``history``.
+        stop_after: stop after this many steps and return nothing of use (tests of resuming).
+        options: keyword arguments of the method.
+
+    Returns:
+        Run.
+
+    Raises:
+        ValueError: wrong shapes, unknown names, a loss that is no longer finite.
+    """
+    from lightning_fabric import Fabric
+
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"expected images (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+    if len(images) < 2 or epochs < 1:
+        raise ValueError(f"expected at least 2 images and 1 epoch, got {len(images)} and {epochs}")
+    if method not in pretrain.METHODS:
+        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(pretrain.METHODS)}")
+    cls, defaults = pretrain.METHODS[method]
+    supervised = getattr(cls, "needs_labels", False)
+    if supervised:
+        if labels is None or len(labels) != len(images):
+            raise ValueError(f"{method} needs labels for all {len(images)} images")
+        options.setdefault("n_classes", int(max(labels.max(), 0 if heldout_labels is None else heldout_labels.max())) + 1)
+    augmentation = augmentation or defaults["augmentation"]
+    batch_size = min(batch_size or defaults["batch_size"], len(images))
+    lr, weight_decay = lr or defaults["lr"], defaults["weight_decay"] if weight_decay is None else weight_decay
+    kept = _pick_epochs(epochs, checkpoints)
+    settings = dict(method=method, arch=arch, epochs=epochs, seed=seed, augmentation=augmentation, lr=lr)
+    settings |= dict(weight_decay=weight_decay, batch_size=batch_size, warmup=warmup, n_train=len(images), options=options)
+
+    on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    accelerator = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    fabric = Fabric(accelerator=accelerator, devices="auto" if on_torchrun else 1, precision=precision)
+    model = pretrain.build(method, arch, seed=seed, **options)
+    size = model.input_size
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.ndim > 1]
+    groups = [{"params": decay, "weight_decay": weight_decay}]
+    groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    n_batches = max(len(images) // batch_size, 1)
+    n_steps = epochs * n_batches
+    schedule = CosineWarmupScheduler(optimizer, warmup_epochs=max(int(n_steps * warmup), 1), max_epochs=n_steps + 1)
+    model.train()
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    wrapped.mark_forward_method("loss")
+
+    def to_device(array: np.ndarray | None) -> Tensor | None:
+        if array is None:
+            return None
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return (tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor.long()).to(fabric.device)
+
+    data, targets = to_device(images), to_device(labels) if supervised else None
+    outside, outside_targets = to_device(heldout), to_device(heldout_labels) if supervised else None
+    states: dict[int, dict[str, Tensor]] = {}
+    history: list[dict] = []
+    epoch, spent = 0, 0.0
+    resume_path = Path(resume_path) if resume_path else None
+    if resume_path and resume_path.is_file():
+        saved = torch.load(resume_path, map_location=fabric.device, weights_only=True)
+        if saved["settings"] == repr(settings):
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            states, history, epoch, spent = saved["states"], saved["history"], saved["epoch"], saved["seconds"]
+            states = {int(k): {n: w.cpu() for n, w in v.items()} for k, v in states.items()}
+
+    def record(epoch: int) -> None:
+        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "seconds": spent + time.perf_counter() - began}
+        row["loss_members"] = _measure_loss(model, data, targets, size, augmentation)
+        if outside is not None:
+            row["loss_heldout"] = _measure_loss(model, outside, outside_targets, size, augmentation)
+        if epoch in kept:
+            states[epoch] = _export(model)
+            if on_checkpoint is not None:
+                row |= on_checkpoint(epoch, encoders.from_module(model.backbone, arch=arch, method=method))
+                model.train()
+        history.append(row)
+
+    def store(epoch: int) -> None:
+        content = dict(settings=repr(settings), model=model.state_dict(), optimizer=optimizer.state_dict())
+        content |= dict(schedule=schedule.state_dict(), states=states, history=history, epoch=epoch)
+        content["seconds"] = spent + time.perf_counter() - began
+        temporary = resume_path.with_suffix(".writing")
+        torch.save(content, temporary)
+        os.replace(temporary, resume_path)
+
+    began = last_saved = time.perf_counter()
+    logged = set(np.unique(np.geomspace(1, epochs, 24).round().astype(int)).tolist()) | set(kept)
+    if epoch == 0 and not history:
+        record(0)
+    bar = tqdm(total=epochs, initial=epoch, unit="epoch", desc=method, disable=not progress or not fabric.is_global_zero)
+    while epoch < epochs:
+        order = seeds.rng(seed, "train-order", epoch).permutation(len(images))
+        for index in range(n_batches):
+            step = epoch * n_batches + index
+            batch = order[index * batch_size : (index + 1) * batch_size]
+            batch = np.array_split(batch, fabric.world_size)[fabric.global_rank]
+            rng = seeds.rng(seed, "train-views", step, fabric.global_rank)
+            extra = {} if targets is None else {"labels": targets[batch]}
+            loss = wrapped.loss(
+                data[batch], augmentation=augmentation, size=size, rng=rng, progress=step / n_steps, **extra
+            )
+            optimizer.zero_grad(set_to_none=True)
+            fabric.backward(loss)
+            if "clip" in defaults:
+                fabric.clip_gradients(wrapped, optimizer, max_norm=defaults["clip"])
+            optimizer.step()
+            schedule.step()
+            model.after_step((step + 1) / n_steps)
+        if not math.isfinite(value := float(loss.detach())):
+            raise ValueError(f"the {method} loss is {value} after epoch {epoch + 1}: lower lr (now {lr:g})")
+        epoch += 1
+        bar.update()
+        if epoch in logged:
+            record(epoch)
+        if resume_path and fabric.is_global_zero and time.perf_counter() - last_saved > save_every:
+            store(epoch)
+            last_saved = time.perf_counter()
+        if stop_after is not None and epoch * n_batches >= stop_after:
+            if resume_path:
+                store(epoch)
+            break
+    bar.close()
+    seconds = spent + time.perf_counter() - began
+    return Run(method, arch, states, pd.DataFrame(history), settings, seconds)

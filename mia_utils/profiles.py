@@ -1,0 +1,382 @@
+"""Profiles: which models are trained on which data, and what the notebooks are run with.
+
+A profile is one file ``profiles/<name>.yaml``; every trained model is one row of its ``models:``. Nothing here
+imports torch, so that ``--plan`` and every complaint about a profile come at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mia_utils import paths
+
+METHODS = ("mae", "dino", "moco", "simclr", "supervised")
+AUGMENTATIONS = ("none", "flip", "crop", "crop-weak", "simclr", "simclr-weak", "dino")
+DEFENSES = ("none",)
+
+# Training images per second of one CPU thread with vit_micro_patch8_32, to tell a newcomer the minutes before they
+# start. Measured seconds replace the estimate as soon as an artifact exists.
+IMAGES_PER_SECOND = {"mae": 1400.0, "simclr": 350.0, "dino": 230.0, "moco": 350.0, "supervised": 1100.0}
+# Cost of one image relative to vit_micro_patch8_32, and millions of parameters (weights on disk, per checkpoint).
+ARCH_COST = {
+    "vit_nano_patch8_32": (0.35, 0.12),
+    "vit_micro_patch8_32": (1.0, 0.82),
+    "vit_micro_patch4_32": (4.0, 0.82),
+    "resnet_thin_32": (1.4, 0.4),
+    "swin_thin_32": (2.0, 0.5),
+    "vit_small_patch8_32": (20.0, 21.4),
+    "resnet18_32": (35.0, 11.2),
+}
+START_SECONDS = 6.0  # imports of one process
+CHECKPOINTS = 8  # kept along one training, the decoder and the resume state included
+
+
+class _Strict(BaseModel):
+    """Unknown keys and wrong types are errors, and nothing is changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Row(_Strict):
+    """One trained model.
+
+    Attributes:
+        id: name of the model, unique in its profile.
+        role: ``target``, ``shadow`` or ``reference``; a target and its shadow share the split (n_train and seed).
+        n_train: number of members, the only images the model is trained on.
+        options: keyword arguments of the training method.
+    """
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    role: Literal["target", "shadow", "reference"]
+    method: Literal[METHODS]
+    arch: str
+    dataset: str
+    n_train: int = Field(gt=0)
+    epochs: int = Field(gt=0)
+    augmentation: str = "none"
+    defense: Literal[DEFENSES] = "none"
+    seed: int = Field(default=0, ge=0)
+    options: dict[str, Any] = {}
+
+    @field_validator("augmentation")
+    @classmethod
+    def _check_augmentation(cls, value: str) -> str:
+        match = re.fullmatch(r"crop:(\d*\.?\d+)-(\d*\.?\d+)", value)
+        if value in AUGMENTATIONS or (match and 0 < float(match[1]) <= float(match[2]) <= 1):
+            return value
+        raise ValueError(f"expected one of {', '.join(AUGMENTATIONS)} or crop:LOW-HIGH with 0 < LOW <= HIGH <= 1")
+
+
+class Profile(_Strict):
+    """What one run trains and executes; see ``profiles/quick.yaml`` for every key with a comment.
+
+    Attributes:
+        first: model that is trained before all others, so that notebook 00 can start.
+        seeds: seeds of the main rows; notebooks average over them.
+        threads: OMP threads of each job.
+        workers: jobs side by side.
+        train_jobs: pack all rows into at most this many processes; ``None`` gives each row a process of its own.
+        datasets: arguments of ``datasets.load`` for each data set.
+        split: arguments of ``splits.draw``.
+        models: the rows.
+        notebooks: parameter overrides, notebook name -> parameter -> value.
+        needs: rows that a notebook waits for, notebook name -> row field -> accepted values; not named: all rows
+            (notebook 00: ``first`` only).
+        notebook_seconds: estimated seconds of the notebooks, until measured.
+    """
+
+    name: str
+    first: str | None = None
+    seeds: list[int] = Field(default=[0], min_length=1)
+    threads: int = Field(default=1, gt=0)
+    workers: int = Field(default=2, gt=0)
+    train_jobs: int | None = Field(default=None, gt=0)
+    datasets: dict[str, dict[str, Any]] = {}
+    split: dict[str, int] = {}
+    models: list[Row] = []
+    notebooks: dict[str, dict[str, Any]] = {}
+    needs: dict[str, dict[str, list[str | int]]] = {}
+    notebook_seconds: dict[str, float] = {}
+
+    def row(self, model_id: str) -> Row:
+        """Return the row of a model.
+
+        Raises:
+            ValueError: no such model; the message lists close matches.
+        """
+        for row in self.models:
+            if row.id == model_id:
+                return row
+        ids = [row.id for row in self.models]
+        close = difflib.get_close_matches(str(model_id), ids, n=3, cutoff=0.4) or ids[:3]
+        raise ValueError(f"profile {self.name} has no model {model_id!r}; close: {', '.join(close) or 'it has none'}")
+
+    def rows_needed(self, notebook: str) -> list[Row]:
+        """Return the rows a notebook (``"03_partcrop"``) waits for."""
+        wanted = self.needs.get(notebook)
+        if wanted is None and notebook.startswith("00") and self.first:
+            wanted = {"id": [self.first]}
+        return [row for row in self.models if all(getattr(row, k) in v for k, v in (wanted or {}).items())]
+
+
+def find_source(*parts: str) -> Path:
+    """Return a file or folder of the project: in ``MIA_HOME`` when it has one, else in the checkout."""
+    moved = paths.get_home().joinpath(*parts)
+    return moved if moved.exists() else paths.PACKAGE_ROOT.joinpath(*parts)
+
+
+def list_names() -> list[str]:
+    """Return the names of all profiles, the built-in four in order of size first."""
+    names = {path.stem for path in find_source("profiles").glob("*.yaml")}
+    order = ["smoke", "quick", "photos", "paper"]
+    return [n for n in order if n in names] + sorted(names - set(order))
+
+
+def load(name: str) -> Profile:
+    """Read and check ``profiles/<name>.yaml``.
+
+    Args:
+        name: profile name, for example ``"quick"``.
+
+    Returns:
+        Profile: frozen, every value checked.
+
+    Raises:
+        ValueError: unknown profile, or a wrong entry; one line naming file, section and key.
+    """
+    names = list_names()
+    if name not in names:
+        raise ValueError(f"unknown profile {name!r}: expected one of {', '.join(names)}")
+    path = find_source("profiles") / f"{name}.yaml"
+    return parse(path.read_text(encoding="utf-8"), source=f"profiles/{name}.yaml", name=name)
+
+
+def parse(text: str, *, source: str, name: str | None = None) -> Profile:
+    """Check the text of a profile.
+
+    Args:
+        text: YAML.
+        source: file name for error messages.
+        name: the name the profile must carry.
+
+    Raises:
+        ValueError: one line ``<file>: <section>.<key>: expected ..., got ...``.
+    """
+    try:
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise ValueError(f"{source}:{line} {getattr(error, 'problem', None) or 'not YAML'}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected keys such as models: and seeds:, got {type(values).__name__}")
+    try:
+        profile = Profile.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_describe(error, values)}") from None
+    _check_whole(profile, source, name)
+    return profile
+
+
+def _check_whole(profile: Profile, source: str, name: str | None) -> None:
+    """Check what concerns several entries at once: names, references, and that the data suffices."""
+    if name is not None and profile.name != name:
+        raise ValueError(f"{source}: name: expected {name!r} (the file's name), got {profile.name!r}")
+    seen: set[str] = set()
+    for row in profile.models:
+        if row.id in seen:
+            raise ValueError(f"{source}: models: two rows have the id {row.id!r}; give each its own")
+        seen.add(row.id)
+        if row.dataset not in profile.datasets:
+            known = ", ".join(profile.datasets) or "none"
+            raise ValueError(
+                f"{source}: models: {row.id}: dataset: expected one of datasets: ({known}), got {row.dataset!r}"
+            )
+        _check_enough_images(profile, row, source)
+    if profile.first is not None and profile.first not in seen:
+        raise ValueError(f"{source}: first: no model has the id {profile.first!r}")
+    for notebook, wanted in profile.needs.items():
+        unknown = [key for key in wanted if key not in Row.model_fields]
+        if unknown:
+            raise ValueError(f"{source}: needs: {notebook}: unknown key {unknown[0]!r}{_suggest(unknown[0], Row)}")
+        for model_id in wanted.get("id", []):
+            if model_id not in seen:
+                raise ValueError(f"{source}: needs: {notebook}: no model has the id {model_id!r}")
+
+
+def _check_enough_images(profile: Profile, row: Row, source: str) -> None:
+    """Refuse a split that the named number of images cannot fill (sizes fixed in the profile only)."""
+    available = profile.datasets[row.dataset].get("n")
+    if not isinstance(available, int):
+        return
+    split = profile.split
+    needed = row.n_train + split.get("n_nonmembers", 3000)
+    needed += split.get("n_shadow_members", row.n_train) + split.get("n_shadow_nonmembers", 0)
+    if needed > available:
+        raise ValueError(
+            f"{source}: datasets: {row.dataset}: n: model {row.id} needs {needed} images "
+            f"(members, strangers and their shadow's), got {available}"
+        )
+
+
+def _describe(error: ValidationError, values: dict) -> str:
+    """Turn pydantic's first complaint into one line with section, key, expectation and what came."""
+    first = error.errors()[0]
+    where = [part for part in first["loc"] if part != "[key]"]
+    names = [str(part) for part in where]
+    if len(where) > 1 and where[0] == "models" and isinstance(where[1], int):
+        row = values["models"][where[1]]
+        names[1] = str(row["id"]) if isinstance(row, dict) and row.get("id") else f"row {where[1] + 1}"
+    kind, section = first["type"], ": ".join(names[:-1])
+    if kind == "extra_forbidden":
+        owner = Row if where[0] == "models" else Profile
+        section = f"{section}: " if section else ""
+        return f"{section}unknown key {names[-1]!r}{_suggest(names[-1], owner)}"
+    if kind == "missing":
+        return f"{section + ': ' if section else ''}key {names[-1]!r} is missing"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message if message.startswith("expected") else f"expected {message}"
+    return f"{': '.join(names)}: {message}, got {first['input']!r}"
+
+
+def _suggest(key: object, owner: type[BaseModel]) -> str:
+    close = difflib.get_close_matches(str(key), list(owner.model_fields), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(owner.model_fields)})"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and reads ``1e-3`` as a number (YAML 1.1 makes it text)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+# --- notebooks and their parameters ---------------------------------------------------------------------------------
+
+
+def find_notebooks() -> dict[str, Path]:
+    """Return the numbered notebooks, ``{"00_start_here": path, ...}``, in order."""
+    return {path.stem: path for path in sorted(find_source("notebooks").glob("[0-9][0-9]_*.ipynb"))}
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Read the defaults of a notebook's ``parameters`` cell without running it.
+
+    Args:
+        path: notebook file.
+
+    Returns:
+        dict: name -> default, in the order of the cell. Plain literals only (FACTS: papermill's own reader drops
+        annotated lines and stumbles over ``#``).
+
+    Raises:
+        ValueError: no tagged cell, or a line that is not ``name = literal``.
+    """
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"notebooks/{path.name}: expected one cell tagged 'parameters', got {len(tagged)}")
+    defaults = {}
+    for line in ast.parse("".join(tagged[0]["source"])).body:
+        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+        try:
+            defaults[target.id] = ast.literal_eval(line.value)
+        except (AttributeError, ValueError):
+            got = ast.unparse(line).splitlines()[0]
+            raise ValueError(f"notebooks/{path.name}: parameters: expected name = literal, got {got!r}") from None
+    return defaults
+
+
+def merge_parameters(profile: Profile, notebook: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters a notebook is run with: its defaults, the profile's name and the profile's overrides.
+
+    Args:
+        profile: checked profile.
+        notebook: ``"03_partcrop"``.
+        defaults: of ``read_parameters``; they decide names and types.
+
+    Raises:
+        ValueError: a parameter the notebook does not have, another type, or a model the profile does not have.
+    """
+    section = f"profiles/{profile.name}.yaml: notebooks: {notebook}"
+    merged = dict(defaults)
+    if "profile" in defaults:
+        merged["profile"] = profile.name
+    for key, value in profile.notebooks.get(notebook, {}).items():
+        if key not in defaults or key == "profile":
+            close = difflib.get_close_matches(key, defaults, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(defaults)}"
+            raise ValueError(f"{section}: unknown key {key!r} ({hint})")
+        if not _same_type(defaults[key], value):
+            raise ValueError(f"{section}: {key}: expected {_name_type(defaults[key])}, got {value!r}")
+        merged[key] = value
+    for key, value in merged.items():
+        if key in ("model_id", "model_ids") or key.endswith(("_model_id", "_model_ids")):
+            for model_id in value if isinstance(value, list) else [value] if value is not None else []:
+                try:
+                    profile.row(model_id)
+                except ValueError as error:
+                    raise ValueError(f"{section}: {key}: {error}") from None
+    return merged
+
+
+def _same_type(default: Any, value: Any) -> bool:
+    """Whether a value may replace a default: same type, int for float, elements alike; ``None`` takes anything."""
+    if default is None or value is None:
+        return default is None
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    if isinstance(default, list) and isinstance(value, list):
+        return all(any(_same_type(d, v) for d in default) for v in value) if default else True
+    return type(default) is type(value)
+
+
+def _name_type(default: Any) -> str:
+    if isinstance(default, list) and default:
+        return "a list of " + " or ".join(sorted({type(d).__name__ for d in default}))
+    return {
+        "int": "an int",
+        "float": "a number",
+        "str": "text",
+        "bool": "true or false",
+        "list": "a list",
+        "dict": "a mapping",
+    }.get(type(default).__name__, type(default).__name__)
+
+
+# --- what it will cost ----------------------------------------------------------------------------------------------
+
+
+def estimate_seconds(row: Row) -> float:
+    """Estimate the seconds of one CPU thread that a row's training takes (imports apart)."""
+    cost, _ = ARCH_COST.get(row.arch, (20.0, 20.0))
+    return row.n_train * row.epochs * cost / IMAGES_PER_SECOND[row.method]
+
+
+def estimate_bytes(row: Row) -> float:
+    """Estimate the bytes of a row's artifact: float32 weights times the checkpoints kept."""
+    _, millions = ARCH_COST.get(row.arch, (20.0, 20.0))
+    return millions * 1e6 * 4 * CHECKPOINTS

@@ -1,0 +1,167 @@
+"""Train the models of a profile: ``python -m mia_utils.train PROFILE MODEL_ID [MODEL_ID ...]``.
+
+One row is one job: it finds its artifact or makes it, goes on inside a training that was killed, and writes the very
+folder that the notebooks look for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mia_utils import artifacts, profiles
+
+if TYPE_CHECKING:
+    from mia_utils.datasets import Pool
+    from mia_utils.pretrain import Run
+    from mia_utils.profiles import Profile, Row
+    from mia_utils.splits import Split
+
+UTILITY_IMAGES = (5000, 2000)  # fit and test images of k-NN and linear probe, outside all four roles
+HELDOUT_IMAGES = 256  # strangers whose loss is drawn beside the members'
+
+
+def spec_of(profile: Profile, row: Row) -> dict[str, Any]:
+    """Return what the model of a row depends on; needs neither torch nor the pixels."""
+    keys = ("role", "method", "arch", "n_train", "epochs", "augmentation", "defense", "seed", "options")
+    return {
+        "kind": "encoder",
+        "readable": f"{row.method}-{row.role}-{row.dataset.split(':')[0]}-n{row.n_train}-s{row.seed}",
+        "recipe": artifacts.RECIPES["encoder"],
+        "data": artifacts.fingerprint_data(row.dataset, profile.datasets.get(row.dataset, {})),
+        "split": dict(profile.split),
+        **{key: getattr(row, key) for key in keys},
+    }
+
+
+def load_pool(profile: Profile, dataset: str) -> Pool:
+    """Load a data set with the arguments the profile gives it."""
+    from mia_utils import datasets
+
+    return datasets.load(dataset, **profile.datasets.get(dataset, {}))
+
+
+def draw_split(profile: Profile, row: Row, pool: Pool) -> Split:
+    """Draw the split of a row; a target and its shadow (same n_train and seed) share it."""
+    from mia_utils import splits
+
+    return splits.draw(pool, n_members=row.n_train, seed=row.seed, **profile.split)
+
+
+def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict[str, float]:
+    """Measure k-NN and linear-probe accuracy on images outside all four roles.
+
+    Returns:
+        dict: ``knn`` (20 neighbors, cosine) and ``probe`` (logistic regression) accuracy in [0, 1], empty when fewer
+        than 50 such images are left.
+    """
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from mia_utils import datasets, seeds
+
+    outside = seeds.rng(seed, "utility").permutation(split.utility)
+    n_fit, n_test = UTILITY_IMAGES
+    if len(outside) < n_fit + n_test:
+        n_fit = len(outside) * 5 // 7
+    if n_fit < 35:
+        return {}
+    outside = outside[: n_fit + n_test]
+    with torch.inference_mode():
+        parts = [encoder.embed(datasets.to_float(pool.images[chunk])).float().cpu() for chunk in _chunks(outside, 512)]
+    vectors, labels = torch.cat(parts).numpy(), pool.labels[outside]
+    knn = KNeighborsClassifier(min(20, n_fit), metric="cosine").fit(vectors[:n_fit], labels[:n_fit])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(vectors[:n_fit], labels[:n_fit])
+    return {
+        "knn": float(knn.score(vectors[n_fit:], labels[n_fit:])),
+        "probe": float(probe.score(vectors[n_fit:], labels[n_fit:])),
+    }
+
+
+def _chunks(index, size: int):
+    return (index[start : start + size] for start in range(0, len(index), size))
+
+
+def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
+    """Train the model of a row, or find it; returns the folder of its artifact."""
+    spec = spec_of(profile, row)
+    found = artifacts.find(spec)
+    if found:
+        return found
+    from mia_utils import pretrain
+
+    pool = load_pool(profile, row.dataset)
+    split = draw_split(profile, row, pool)
+    members = split.target_members if row.role == "target" else split.shadow_members
+    strangers = (split.target_nonmembers if row.role == "target" else split.shadow_nonmembers)[:HELDOUT_IMAGES]
+
+    def make(folder: Path) -> dict[str, Any]:
+        def measure(epoch: int, encoder) -> dict[str, float]:
+            return measure_utility(encoder, pool, split) if epoch in (0, row.epochs) else {}
+
+        options = {"n_classes": len(pool.class_names)} if row.method == "supervised" else {}
+        run = pretrain.fit(
+            row.method,
+            pool.images[members],
+            labels=pool.labels[members],
+            heldout=pool.images[strangers],
+            heldout_labels=pool.labels[strangers],
+            arch=row.arch,
+            epochs=row.epochs,
+            seed=pretrain.derive_seed(row.seed, row.role),
+            augmentation=row.augmentation,
+            resume_path=artifacts.get_work_dir(spec) / "resume.pt",
+            on_checkpoint=measure,
+            progress=progress,
+            **options,
+            **row.options,
+        )
+        run.save(folder)
+        split.save(folder / "split.npz")  # the membership mask is kept with the model
+        ends = {}
+        if "knn" in run.history:
+            first, last = run.history.iloc[0], run.history.iloc[-1]
+            ends = {"knn": last.knn, "probe": last.probe, "knn_untrained": first.knn, "probe_untrained": first.probe}
+        return {"settings": run.settings, "train_seconds": round(run.seconds, 2), "utility": ends, "id": row.id}
+
+    return artifacts.load_or_make(spec, make)
+
+
+def load_run(folder: Path) -> Run:
+    """Read the training that an artifact holds."""
+    from mia_utils import pretrain
+
+    meta = artifacts.read_meta(folder)
+    return pretrain.Run.load(
+        folder, settings=meta["settings"], seconds=meta["train_seconds"], utility=meta.get("utility", {})
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Train the named rows one after the other; returns the exit code."""
+    if len(arguments) < 2:
+        print("usage: python -m mia_utils.train PROFILE MODEL_ID [MODEL_ID ...]", file=sys.stderr)
+        return 2
+    try:
+        profile = profiles.load(arguments[0])
+        rows = [profile.row(model_id) for model_id in arguments[1:]]
+        if os.environ.get("OMP_NUM_THREADS"):
+            import torch
+
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        for row in rows:
+            folder = train_row(profile, row, progress=sys.stderr.isatty())
+            print(f"{row.id}: {folder.name} ({artifacts.read_meta(folder)['train_seconds']:.0f} s)", flush=True)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,256 @@
+"""Crops and augmentations of whole batches on the device: query views of the attacks, training views of the encoders.
+
+A crop with antialiased bicubic resizing is linear in the image, so all crops of a batch are two matrix products
+(one along the width, one along the height) whose weights depend on the boxes only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mia_utils import seeds
+
+
+def _draw_boxes(
+    rng: np.random.Generator, n: int, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
+) -> np.ndarray:
+    """Draw n boxes by torchvision's RandomResizedCrop rule: ten tries, then the central crop."""
+    area = height * width * rng.uniform(scale[0], scale[1], (n, 10))
+    aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10)))
+    w, h = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(axis=1)
+    w, h = np.take_along_axis(w, first[:, None], 1)[:, 0], np.take_along_axis(h, first[:, None], 1)[:, 0]
+    shift = rng.random((n, 2))
+    none = ~fits.any(axis=1)
+    if none.any():
+        in_ratio = width / height
+        fallback_w = width if in_ratio <= ratio[1] else round(height * ratio[1])
+        fallback_h = height if in_ratio >= ratio[0] else round(width / ratio[0])
+        w, h, shift = np.where(none, fallback_w, w), np.where(none, fallback_h, h), np.where(none[:, None], 0.5, shift)
+    top, left = (shift[:, 0] * (height - h + 1)).astype(int), (shift[:, 1] * (width - w + 1)).astype(int)
+    return np.stack([top, left, h, w], axis=1)
+
+
+def draw_boxes(
+    image_ids: Sequence[str],
+    n: int,
+    *,
+    height: int,
+    width: int,
+    scale: Sequence[float] = (0.08, 0.2),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    seed: int,
+    stream: str,
+) -> tuple[Tensor, Tensor]:
+    """Draw n random-resized-crop boxes and flips per image, from a stream keyed by the image alone.
+
+    Args:
+        image_ids: N ids; an image gets the same boxes in any batch and any order.
+        n: boxes per image (K).
+        height, width: size of the images in pixels.
+        scale: range of the box area as a share of the image area.
+        ratio: range of width / height.
+        seed, stream: base seed and stream name, for example ``"partcrop"``.
+
+    Returns:
+        boxes (N, K, 4) int64 as top, left, height, width, and flips (N, K) bool (probability 0.5).
+    """
+    if n < 1 or not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"expected n >= 1 and 0 < scale low <= high <= 1, got n={n}, scale={tuple(scale)}")
+    boxes, flips = np.empty((len(image_ids), n, 4), np.int64), np.empty((len(image_ids), n), bool)
+    for i, image_id in enumerate(image_ids):
+        rng = seeds.rng(seed, stream, image_id)
+        boxes[i] = _draw_boxes(rng, n, height, width, scale, ratio)
+        flips[i] = rng.random(n) < 0.5
+    return torch.from_numpy(boxes), torch.from_numpy(flips)
+
+
+def _bicubic_weights(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
+    """Weights of antialiased bicubic resizing (a = -0.5) of [start, start + length) to n_out samples.
+
+    Returns (B, n_out, n_in), rows sum to one, zero outside the box (as cropping first and resizing then).
+    Boxes are whole pixels, so few intervals differ: each is computed once and gathered.
+    """
+    interval, which = torch.unique(start * (n_in + 1) + length, return_inverse=True)
+    start, length = (interval // (n_in + 1)).float()[:, None, None], (interval % (n_in + 1)).float()[:, None, None]
+    stretch = length / n_out
+    centre = start + (torch.arange(n_out, device=start.device) + 0.5)[None, :, None] * stretch
+    pixel = torch.arange(n_in, device=start.device, dtype=torch.float32)[None, None, :]
+    x = ((pixel + 0.5 - centre) / stretch.clamp(min=1.0)).abs()
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    weight = weight * ((x < 2) & (pixel >= start) & (pixel < start + length))
+    return (weight / weight.sum(-1, keepdim=True))[which]
+
+
+def resized_crop(
+    images: Tensor, boxes: Tensor, size: int, *, flips: Tensor | None = None, rounded: bool = True
+) -> Tensor:
+    """Cut and resize K boxes of every image at once.
+
+    Args:
+        images: (N, 3, H, W) uint8, or float in [0, 1].
+        boxes: (N, K, 4) int64 top, left, height, width.
+        size: side of the square output in pixels.
+        flips: (N, K) bool, mirror these crops left to right.
+        rounded: round to 1/255 between the passes and at the end, as uint8 pipelines do (training skips it).
+
+    Returns:
+        (N, K, 3, size, size) float32 in [0, 1].
+
+    Raises:
+        ValueError: wrong shapes.
+    """
+    if images.ndim != 4 or boxes.ndim != 3 or boxes.shape[-1] != 4 or len(images) != len(boxes):
+        raise ValueError(f"expected (N, 3, H, W) and (N, K, 4), got {tuple(images.shape)} and {tuple(boxes.shape)}")
+    n, channels, height, width = images.shape
+    k = boxes.shape[1]
+    boxes = boxes.to(images.device).reshape(n * k, 4)
+    pixels = images.float() if images.dtype == torch.uint8 else images * 255.0
+    weight_y = _bicubic_weights(boxes[:, 0], boxes[:, 2], height, size)  # (N K, S, H)
+    weight_x = _bicubic_weights(boxes[:, 1], boxes[:, 3], width, size)  # (N K, S, W)
+    if flips is not None:
+        weight_x = torch.where(flips.to(images.device).reshape(-1, 1, 1), weight_x.flip(1), weight_x)
+    # along the width: (N, C H, W) x (N, W, K S) -> (N, C H, K S)
+    rows = pixels.reshape(n, channels * height, width) @ weight_x.reshape(n, k * size, width).transpose(1, 2)
+    rows = rows.reshape(n, channels, height, k, size).permute(0, 3, 2, 1, 4).reshape(n * k, height, channels * size)
+    if rounded:
+        rows = rows.round_().clamp_(0, 255)
+    # along the height: (N K, S, H) x (N K, H, C S) -> (N K, S, C S)
+    crops = (weight_y @ rows).reshape(n, k, size, channels, size).permute(0, 1, 3, 2, 4)
+    if rounded:
+        crops = crops.round()
+    return crops.clamp(0, 255).div(255.0)
+
+
+def make_views(
+    images: Tensor, image_ids: Sequence[str], *, view: str = "resize", size: int, seed: int, stream: str = "query"
+) -> Tensor:
+    """Make the query view of every image.
+
+    Args:
+        images: (N, 3, H, W) uint8, or float in [0, 1].
+        image_ids: N ids that key the random views.
+        view: ``"resize"`` (deterministic; the same for members and strangers) or ``"random_resized_crop"``
+            (scale (0.2, 1) and flip: what the released PartCrop code gives members only).
+        size: side of the output in pixels.
+
+    Returns:
+        (N, 3, size, size) float32 in [0, 1].
+    """
+    n, _, height, width = images.shape
+    if view == "resize":
+        boxes, flips = torch.tensor([0, 0, height, width]).repeat(n, 1, 1), None
+    elif view == "random_resized_crop":
+        boxes, flips = draw_boxes(
+            image_ids, 1, height=height, width=width, scale=(0.2, 1.0), seed=seed, stream=f"{stream}-view"
+        )
+    else:
+        raise ValueError(f"expected view 'resize' or 'random_resized_crop', got {view!r}")
+    return resized_crop(images, boxes, size, flips=flips)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------- training views
+
+AUGMENTATIONS = {
+    "none": {},
+    "flip": {"flip": 0.5},
+    "crop": {"scale": (0.2, 1.0), "flip": 0.5},
+    "crop-weak": {"scale": (0.5, 1.0), "flip": 0.5},
+    "simclr": {"scale": (0.2, 1.0), "flip": 0.5, "jitter": 0.8, "gray": 0.2},
+    "simclr-weak": {"scale": (0.5, 1.0), "flip": 0.5, "jitter": 0.8, "gray": 0.2},
+    "dino": {"scale": (0.5, 1.0), "flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5},
+    "dino-local": {"scale": (0.08, 0.3), "flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5},
+}
+
+
+def parse_augmentation(name: str) -> dict:
+    """Turn an augmentation name into its settings: a name of ``AUGMENTATIONS`` or ``crop:LOW-HIGH``."""
+    if name.startswith("crop:"):
+        try:
+            low, high = (float(part) for part in name[5:].split("-"))
+        except ValueError:
+            low, high = 0.0, 0.0
+        if 0 < low <= high <= 1:
+            return {"scale": (low, high), "flip": 0.5}
+    elif name in AUGMENTATIONS:
+        return AUGMENTATIONS[name]
+    raise ValueError(f"unknown augmentation {name!r}: expected one of {', '.join(AUGMENTATIONS)} or crop:LOW-HIGH")
+
+
+def _jitter(x: Tensor, u: Tensor, strength: float = 0.4) -> Tensor:
+    """Brightness, contrast, saturation (x strength) and hue (+-0.1 turn), one set of factors per image."""
+    factor = 1 + strength * (2 * u[:, :3] - 1)
+    x = (x * factor[:, 0, None, None, None]).clamp_(0, 1)
+    gray = _to_gray(x)
+    x = torch.lerp(gray.mean((1, 2, 3), keepdim=True), x, factor[:, 1, None, None, None]).clamp_(0, 1)
+    x = torch.lerp(_to_gray(x), x, factor[:, 2, None, None, None]).clamp_(0, 1)
+    # hue as a rotation around the gray axis: linear, so one 3 x 3 product per image (an HSV detour costs ten times)
+    angle = 0.2 * math.pi * (2 * u[:, 3] - 1)
+    cos, sin = angle.cos(), angle.sin() / math.sqrt(3)
+    third = (1 - cos) / 3
+    diagonal, plus, minus = cos + third, third - sin, third + sin
+    turn = torch.stack([diagonal, plus, minus, minus, diagonal, plus, plus, minus, diagonal], 1).reshape(-1, 3, 3)
+    return (turn @ x.flatten(2)).reshape(x.shape).clamp_(0, 1)
+
+
+def _to_gray(x: Tensor) -> Tensor:
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def augment(
+    images: Tensor,
+    *,
+    size: int,
+    rng: np.random.Generator,
+    scale: Sequence[float] | None = None,
+    flip: float = 0.0,
+    jitter: float = 0.0,
+    gray: float = 0.0,
+    blur: float = 0.0,
+    solarize: float = 0.0,
+) -> Tensor:
+    """Augment a training batch on its device; every image draws its own crop and factors.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        size: side of the output in pixels.
+        rng: numpy generator of this step (keyed by seed and step, so a resumed run repeats it).
+        scale: area range of the random resized crop; None: no crop.
+        flip, jitter, gray, blur, solarize: probabilities per image.
+
+    Returns:
+        (B, 3, size, size) float32 in [0, 1].
+    """
+    b, _, height, width = images.shape
+    chance = torch.from_numpy(rng.random((b, 11), dtype=np.float32)).to(images.device)
+    mirrored = chance[:, 0] < flip
+    if scale is not None:
+        boxes = torch.from_numpy(_draw_boxes(rng, b, height, width, scale, (3 / 4, 4 / 3)))[:, None]
+        x = resized_crop(images, boxes, size, flips=mirrored[:, None], rounded=False)[:, 0]
+    elif size != height or size != width:
+        x = resized_crop(images, torch.tensor([0, 0, height, width]).repeat(b, 1, 1), size, rounded=False)[:, 0]
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    else:
+        x = images.float().div_(255.0)
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    if jitter:
+        x = torch.where((chance[:, 1] < jitter)[:, None, None, None], _jitter(x, chance[:, 2:6]), x)
+    if gray:
+        x = torch.where((chance[:, 6] < gray)[:, None, None, None], _to_gray(x).expand_as(x), x)
+    if blur:  # 3-tap Gaussian per axis, sigma in (0.1, 2): the side tap's weight follows from sigma
+        side = torch.exp(-0.5 / (0.1 + 1.9 * chance[:, 8]) ** 2)[:, None, None, None]
+        soft = x
+        for axis in (2, 3):
+            before = torch.cat([soft.narrow(axis, 0, 1), soft.narrow(axis, 0, size - 1)], axis)
+            after = torch.cat([soft.narrow(axis, 1, size - 1), soft.narrow(axis, size - 1, 1)], axis)
+            soft = (soft + side * (before + after)) / (1 + 2 * side)
+        x = torch.where((chance[:, 7] < blur)[:, None, None, None], soft, x)
+    if solarize:
+        x = torch.where(((chance[:, 9] < solarize)[:, None, None, None]) & (x >= 0.5), 1 - x, x)
+    return x.contiguous()

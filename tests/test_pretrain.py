@@ -1,0 +1,179 @@
+"""Every method learns, keeps what it should, and continues a killed training with the same numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from mia_utils import pretrain
+from mia_utils.datasets import scenes
+from mia_utils.pretrain import mae, moco
+
+TINY = dict(arch="vit_nano_patch8_32", progress=False)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    made = scenes.make_scenes(96, size=32, seed=1, progress=False)
+    return made["images"], made["labels"]
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("mae", 40), ("simclr", 15), ("moco", 40), ("supervised", 25)])
+def test_a_method_lowers_its_loss_on_the_members(pictures, method, epochs):
+    images, labels = pictures
+    run = pretrain.fit(
+        method, images[:32], labels=labels[:32], heldout=images[64:], heldout_labels=labels[64:], epochs=epochs, **TINY
+    )
+    first, last = run.history.iloc[0], run.history.iloc[-1]
+    assert last.loss_members < 0.9 * first.loss_members
+    assert np.isfinite(run.history.loss_heldout).all()
+    assert run.checkpoints[0] == 0 and run.checkpoints[-1] == epochs
+
+
+def test_dino_moves_its_teacher_and_keeps_it(pictures):
+    run = pretrain.fit("dino", pictures[0][:32], epochs=4, **TINY)
+    start, end = run.encoder_at(0).module, run.encoder.module
+    assert not torch.equal(start.blocks[0].mlp.fc1.weight, end.blocks[0].mlp.fc1.weight)
+    assert np.isfinite(run.history.loss_members).all()
+
+
+@pytest.mark.parametrize("method", ["mae", "dino", "moco"])
+def test_a_killed_training_resumes_to_the_same_weights(pictures, tmp_path, method):
+    fit = lambda **extra: pretrain.fit(method, pictures[0][:24], epochs=6, batch_size=8, **TINY, **extra)  # noqa: E731
+    whole = fit()
+    fit(resume_path=tmp_path / "resume.pt", stop_after=7)  # ends in the middle, after three epochs
+    resumed = fit(resume_path=tmp_path / "resume.pt")
+    for key, value in whole.states[6].items():
+        assert torch.equal(value, resumed.states[6][key]), key
+    assert whole.history.drop(columns="seconds").equals(resumed.history.drop(columns="seconds"))
+
+
+def test_a_resume_state_of_other_settings_is_not_used(pictures, tmp_path):
+    path = tmp_path / "resume.pt"
+    pretrain.fit("mae", pictures[0][:16], epochs=4, resume_path=path, stop_after=2, lr=1e-3, **TINY)
+    fresh = pretrain.fit("mae", pictures[0][:16], epochs=4, lr=2e-3, **TINY)
+    other = pretrain.fit("mae", pictures[0][:16], epochs=4, lr=2e-3, resume_path=path, **TINY)
+    assert torch.equal(fresh.states[4]["backbone.norm.weight"], other.states[4]["backbone.norm.weight"])
+
+
+def test_the_same_seed_repeats_and_the_global_state_is_left_alone(pictures):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    runs = [pretrain.fit("mae", pictures[0][:16], epochs=2, seed=seed, **TINY) for seed in (0, 0, 1)]
+    key = "backbone.blocks.0.mlp.fc1.weight"
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(runs[0].states[2][key], runs[1].states[2][key])
+    assert not torch.equal(runs[0].states[2][key], runs[2].states[2][key])
+
+
+def test_a_run_is_saved_and_read_with_every_checkpoint(pictures, tmp_path):
+    run = pretrain.fit("mae", pictures[0][:16], epochs=4, checkpoints=[1, 2], **TINY)
+    again = pretrain.Run.load(run.save(tmp_path), settings=run.settings)
+    assert again.checkpoints == [0, 1, 2, 4]
+    images = torch.from_numpy(pictures[0][:5]).permute(0, 3, 1, 2) / 255
+    for epoch in again.checkpoints:
+        with torch.inference_mode():
+            assert torch.equal(again.encoder_at(epoch).tokens(images), run.encoder_at(epoch).tokens(images))
+    with pytest.raises(ValueError, match="no checkpoint of epoch 3: kept are 0, 1, 2, 4"):
+        again.encoder_at(3)
+
+
+def test_the_untrained_twin_is_the_encoder_before_the_first_step(pictures):
+    run = pretrain.fit("mae", pictures[0][:16], epochs=1, seed=7, **TINY)
+    twin = pretrain.make_untrained("mae", "vit_nano_patch8_32", seed=7)
+    assert torch.equal(twin.module.blocks[1].attn.qkv.weight, run.encoder_at(0).module.blocks[1].attn.qkv.weight)
+
+
+def test_mae_cuts_patches_and_puts_them_together_again():
+    method = pretrain.build("mae", "vit_nano_patch8_32")
+    images = torch.rand(2, 3, 32, 32)
+    patches = method.patchify(images)
+    assert torch.equal(method.unpatchify(patches), images)
+    assert torch.equal(patches[0, 5].reshape(8, 8, 3), images[0, :, 8:16, 8:16].permute(1, 2, 0))  # row 1, column 1
+
+
+def test_mae_never_looks_at_hidden_patches():
+    method = pretrain.build("mae", "vit_nano_patch8_32").eval()
+    masks = mae.draw_masks(3, 16, 0.75, np.random.default_rng(0))
+    images = torch.rand(3, 3, 32, 32)
+    changed = method.unpatchify(torch.where(masks[..., None], torch.rand(3, 16, 192), method.patchify(images)))
+    assert torch.allclose(method.reconstruct(images, masks), method.reconstruct(changed, masks), atol=1e-6)
+    assert not torch.allclose(method.reconstruct(images, masks), method.reconstruct(1 - changed, masks), atol=1e-3)
+
+
+def test_mae_predicts_as_lightly_does_with_the_same_modules():
+    """The naive path: mask tokens everywhere, then the visible ones set one by one."""
+    method = pretrain.build("mae", "vit_nano_patch8_32").eval()
+    images, masks = torch.rand(2, 3, 32, 32), mae.draw_masks(2, 16, 0.75, np.random.default_rng(1))
+    with torch.inference_mode():
+        fast = method.predict(images, masks)
+        decoder = method.decoder["blocks"]
+        for i in range(2):
+            keep = [0, *(1 + torch.nonzero(~masks[i]).flatten()).tolist()]
+            visible = method.encoder.encode(images[i : i + 1], idx_keep=torch.tensor([keep]))
+            full = decoder.mask_token.expand(1, 17, -1).clone()
+            for place, token in zip(keep, method.decoder["embed"](visible)[0], strict=True):
+                full[0, place] = token
+            slow = method.decoder["predict"](decoder.decode(full + decoder.pos_embed))[0, 1:]
+            assert torch.allclose(fast[i], slow, atol=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.01])
+def test_a_mask_that_hides_nothing_or_everything_is_refused(ratio):
+    with pytest.raises(ValueError, match="expected some, but not all"):
+        mae.draw_masks(2, 16, ratio, np.random.default_rng(0))
+
+
+def test_the_moco_contrast_equals_its_formula():
+    q, k = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.randn(5, 8)
+    loss = 0.0
+    for i in range(5):
+        s = [float(q[i] @ k[j] / (q[i].norm() * k[j].norm())) / 0.2 for j in range(5)]
+        loss += -(s[i] - np.log(np.exp(s).sum())) / 5
+    assert abs(float(moco.compute_contrast(q, k, 0.2)) - 2 * 0.2 * loss) < 1e-5
+
+
+def test_a_method_from_outside_trains_like_the_others(pictures):
+    class Rotation(torch.nn.Module):
+        pooling = "mean"
+
+        def __init__(self, backbone, *, input_size):
+            super().__init__()
+            self.backbone, self.head = backbone, torch.nn.Linear(64, 4)
+
+        def loss(self, images, *, augmentation, size, rng, progress):
+            turns = torch.from_numpy(rng.integers(0, 4, len(images)))
+            turned = torch.stack([torch.rot90(x, int(t), (1, 2)) for x, t in zip(images, turns, strict=True)])
+            vectors = self.backbone.forward_features(turned / 127.5 - 1)[:, 1:].mean(1)
+            return torch.nn.functional.cross_entropy(self.head(vectors), turns)
+
+        def after_step(self, progress):
+            pass
+
+    pretrain.register("rotation", Rotation, lr=1e-3, weight_decay=0.0, batch_size=16, augmentation="none")
+    try:
+        run = pretrain.fit("rotation", pictures[0][:32], epochs=20, **TINY)
+    finally:
+        del pretrain.METHODS["rotation"]
+    assert run.history.loss_members.iloc[-1] < run.history.loss_members.iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(method="nothing"), "unknown method 'nothing'"),
+        (dict(augmentation="nothing"), "unknown augmentation"),
+        (dict(images=np.zeros((4, 32, 32, 3))), r"expected images \(N, H, W, 3\) uint8"),
+        (dict(images=np.zeros((1, 32, 32, 3), np.uint8)), "at least 2 images"),
+        (dict(checkpoints=[9]), r"outside 0..2 epochs"),
+        (dict(method="supervised"), "needs labels for all 8 images"),
+        (dict(arch="resnet_thin_32"), "mae needs a plain ViT"),
+        (dict(no_such_option=3), "mae does not take these options"),
+        (dict(lr=1e30), "the mae loss is .* lower lr"),
+    ],
+)
+def test_bad_settings_are_one_line(change, message):
+    settings = dict(method="mae", images=np.full((8, 32, 32, 3), 7, np.uint8), arch="vit_nano_patch8_32", epochs=2)
+    settings |= dict(progress=False) | change
+    with pytest.raises(ValueError, match=message) as info:
+        pretrain.fit(settings.pop("method"), settings.pop("images"), **settings)
+    assert "\n" not in str(info.value)

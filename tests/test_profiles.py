@@ -1,0 +1,196 @@
+"""Profiles: what they say, and every mistake in them as one line before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mia_utils import profiles
+
+ROW = "{id: a, role: target, method: mae, arch: vit_nano_patch8_32, dataset: scenes, n_train: 32, epochs: 2}"
+GOOD = f"""
+name: mine
+first: a
+datasets: {{scenes: {{size: 32, n: 400}}}}
+split: {{n_nonmembers: 120}}
+models:
+  - {ROW}
+"""
+
+
+def write_notebook(path: Path, parameters: str, *cells: str) -> Path:
+    """Write a notebook with a tagged cell and more code cells, each under a heading of its own."""
+    tagged = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": parameters}
+    contents = [{"cell_type": "markdown", "metadata": {}, "source": f"# {path.stem}"}, tagged]
+    for index, source in enumerate(cells, 1):
+        contents.append({"cell_type": "markdown", "metadata": {}, "source": f"## Part {index}\nwords"})
+        contents.append({"cell_type": "code", "metadata": {}, "source": source})
+    for index, cell in enumerate(contents):
+        cell["id"] = f"cell-{index}"
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"cells": contents, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "photos", "paper"])
+def test_the_four_profiles_load_and_their_first_row_exists(name):
+    profile = profiles.load(name)
+    assert profile.name == name
+    assert profile.row(profile.first).role == "target"
+    assert len({row.id for row in profile.models}) == len(profile.models)
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "photos", "paper"])
+def test_every_shadow_has_a_target_that_shares_its_split(name):
+    models = profiles.load(name).models
+    shared = {(row.n_train, row.seed, row.dataset) for row in models if row.role == "target"}
+    assert all((row.n_train, row.seed, row.dataset) in shared for row in models if row.role == "shadow")
+
+
+def test_quick_stays_in_its_budget():
+    """At most 40 rows of about 100 s each, nothing to download."""
+    quick = profiles.load("quick")
+    assert len(quick.models) <= 40
+    assert max(map(profiles.estimate_seconds, quick.models)) <= 130
+    assert all(name.startswith("scenes") for name in quick.datasets)
+
+
+def test_smoke_trains_in_at_most_two_processes_and_has_quicks_rows():
+    smoke, quick = profiles.load("smoke"), profiles.load("quick")
+    assert smoke.train_jobs <= 2
+    assert {row.id for row in smoke.models} == {row.id for row in quick.models}
+
+
+@pytest.mark.parametrize("method", ["mae", "dino", "simclr"])
+def test_photos_repeats_its_main_rows_with_three_seeds_and_nothing_else_changed(method):
+    photos = profiles.load("photos")
+    assert photos.seeds == [0, 1, 2]
+    targets = [photos.row(f"{method}-target-s{seed}") for seed in photos.seeds]
+    assert [row.seed for row in targets] == photos.seeds
+    assert len({(row.n_train, row.epochs, row.augmentation, str(row.options)) for row in targets}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("n_train: 32", "n_trian: 32"), "profiles/mine.yaml: models: a: key 'n_train' is missing"),
+        (("epochs: 2", "epochs: 2, epoch: 3"), "models: a: unknown key 'epoch' (did you mean 'epochs'?)"),
+        (("epochs: 2", "epochs: many"), "models: a: epochs: expected a valid integer, got 'many'"),
+        (("epochs: 2", "epochs: '2'"), "models: a: epochs: expected a valid integer, got '2'"),
+        (("epochs: 2", "epochs: 0"), "models: a: epochs: expected greater than 0, got 0"),
+        (("epochs: 2", "epochs: 2, epochs: 3"), "line 7 key 'epochs' is given twice"),
+        (("method: mae", "method: mea"), "models: a: method: expected 'mae', 'dino', 'moco', 'simclr' or 'supervised'"),
+        (("epochs: 2", "epochs: 2, augmentation: crop:1-2"), "models: a: augmentation: expected one of none, flip"),
+        (("first: a", "first: b"), "first: no model has the id 'b'"),
+        (("first: a", "sedes: [1]"), "profiles/mine.yaml: unknown key 'sedes' (did you mean 'seeds'?)"),
+        (("first: a", "seeds: 1"), "seeds: expected a valid list, got 1"),
+        (("dataset: scenes", "dataset: cifar10"), "a: dataset: expected one of datasets: (scenes), got 'cifar10'"),
+        (("n: 400", "n: 100"), "scenes: n: model a needs 184 images (members, strangers and their shadow's), got 100"),
+        (("name: mine", "name: other"), "name: expected 'mine' (the file's name), got 'other'"),
+        (("first: a", "needs: {00_x: {ids: [a]}}"), "needs: 00_x: unknown key 'ids'"),
+        (("first: a", "first: [a"), "profiles/mine.yaml: line"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_file_section_and_key(change, said):
+    assert profiles.parse(GOOD, source="profiles/mine.yaml", name="mine").row("a").epochs == 2
+    with pytest.raises(ValueError) as error:
+        profiles.parse(GOOD.replace(*change), source="profiles/mine.yaml", name="mine")
+    assert said in str(error.value)
+    assert str(error.value).startswith("profiles/mine.yaml:")
+    assert "\n" not in str(error.value)
+
+
+def test_two_rows_of_one_id_are_refused():
+    with pytest.raises(ValueError, match="two rows have the id 'a'"):
+        profiles.parse(GOOD + f"  - {ROW}\n", source="p", name="mine")
+
+
+def test_scientific_notation_is_a_number():
+    text = GOOD.replace("epochs: 2", "epochs: 2, options: {lr: 1e-3}")
+    assert profiles.parse(text, source="p").row("a").options["lr"] == 0.001
+
+
+def test_an_unknown_model_lists_close_matches():
+    with pytest.raises(ValueError, match="no model 'mae-taget-s0'; close: mae-target-s0"):
+        profiles.load("quick").row("mae-taget-s0")
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown profile 'qick': expected one of smoke, quick, photos, paper"):
+        profiles.load("qick")
+
+
+def test_notebook_00_waits_for_the_first_row_only():
+    quick = profiles.load("quick")
+    assert [row.id for row in quick.rows_needed("00_start_here")] == ["mae-target-s0"]
+    assert len(quick.rows_needed("03_partcrop")) == len(quick.models)
+
+
+def test_needs_selects_rows_by_their_fields():
+    text = (Path(profiles.find_source("profiles")) / "quick.yaml").read_text()
+    profile = profiles.parse(text + "needs: {03_partcrop: {method: [mae, dino], role: [shadow]}}\n", source="p")
+    assert [row.id for row in profile.rows_needed("03_partcrop")] == ["mae-shadow-s0", "dino-shadow-s0"]
+
+
+def test_parameters_are_read_with_comments_annotations_and_hashes_in_text(tmp_path):
+    text = (
+        'n = 3  # paper: 128\nlimit: int | None = None\ncolor = "#ff0000"\nscales = [[0.08, 0.2], [0.5, 1.0]]\nx = -1.5'
+    )
+    path = write_notebook(tmp_path / "00_a.ipynb", text)
+    expected = {"n": 3, "limit": None, "color": "#ff0000", "scales": [[0.08, 0.2], [0.5, 1.0]], "x": -1.5}
+    assert profiles.read_parameters(path) == expected
+
+
+@pytest.mark.parametrize("line", ["n = 2 * 3", "n = len('a')", "import os", "a = b = 1 + c"])
+def test_a_parameter_that_is_no_literal_is_refused(tmp_path, line):
+    with pytest.raises(ValueError, match="notebooks/00_a.ipynb: parameters: expected name = literal"):
+        profiles.read_parameters(write_notebook(tmp_path / "00_a.ipynb", line))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("{n_crop: 8}", "unknown key 'n_crop' (did you mean 'n_crops'?)"),
+        ("{n_crops: 8.5}", "n_crops: expected an int, got 8.5"),
+        ("{n_crops: true}", "n_crops: expected an int, got True"),
+        ("{n_crops: null}", "n_crops: expected an int, got None"),
+        ("{scale: wide}", "scale: expected a number, got 'wide'"),
+        ("{sizes: [8, a]}", "sizes: expected a list of int, got [8, 'a']"),
+        ("{profile: photos}", "unknown key 'profile'"),
+        ("{model_id: mae}", "model_id: profile mine has no model 'mae'"),
+        ("{model_ids: [a, nope]}", "model_ids: profile mine has no model 'nope'"),
+    ],
+)
+def test_a_wrong_override_names_notebook_and_key(overrides, said):
+    defaults = {"profile": "quick", "n_crops": 64, "scale": 0.5, "sizes": [8, 16], "model_id": "a", "model_ids": ["a"]}
+    profile = profiles.parse(GOOD + f"notebooks: {{03_x: {overrides}}}\n", source="p")
+    with pytest.raises(ValueError) as error:
+        profiles.merge_parameters(profile, "03_x", defaults)
+    assert str(error.value).startswith("profiles/mine.yaml: notebooks: 03_x: ")
+    assert said in str(error.value)
+
+
+def test_overrides_replace_defaults_and_the_profile_is_named():
+    profile = profiles.parse(GOOD + "notebooks: {03_x: {scale: 1, n: 7}}\n", source="p")
+    merged = profiles.merge_parameters(profile, "03_x", {"profile": "quick", "scale": 0.5, "n": None})
+    assert merged == {"profile": "mine", "scale": 1, "n": 7}
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "photos", "paper"])
+def test_every_override_of_the_four_profiles_fits_its_notebook(name):
+    found, profile = profiles.find_notebooks(), profiles.load(name)
+    assert set(profile.notebooks) <= set(found)
+    for notebook, path in found.items():
+        profiles.merge_parameters(profile, notebook, profiles.read_parameters(path))
+
+
+def test_the_defaults_written_in_the_notebooks_are_quick():
+    quick = profiles.load("quick")
+    for notebook, path in profiles.find_notebooks().items():
+        defaults = profiles.read_parameters(path)
+        assert profiles.merge_parameters(quick, notebook, defaults) == defaults

@@ -1,0 +1,252 @@
+"""The commands: what is planned, echoed, refused, and found again after a kill. Engine and kernels are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_profiles import write_notebook
+
+from mia_utils import jobs, paths, profiles, run
+
+ROOT = paths.PACKAGE_ROOT
+PARAMETERS = 'profile = "quick"\nn = 3  # paper: 128'
+ROW = "{{id: {id}, role: target, method: mae, arch: vit_nano_patch8_32, dataset: {dataset}, n_train: 32, epochs: 2}}"
+
+
+def write_profile(home: Path, text: str = "", *, rows: list[str] = (), name: str = "tiny") -> Path:
+    """Write a profile; without rows it only executes notebooks."""
+    path = home / "profiles" / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    models = "models:\n" + "".join(f"  - {row}\n" for row in rows) if rows else ""
+    path.write_text(f"name: {name}\n{text}\n{models}")
+    return path
+
+
+def call(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``./run_all.sh ARGUMENTS`` with this very Python."""
+    command = [str(ROOT / "run_all.sh"), *arguments]
+    environment = {**os.environ, "MIA_PYTHON": sys.executable, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def refuse(*arguments: str, **environment: str) -> str:
+    """Run a command that must be refused with one line before anything is done; returns the line."""
+    before = sorted(paths.get_home().rglob("*"))
+    done = call(*arguments, **environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(p for p in paths.get_home().rglob("*") if p.suffix != ".tmp") == before
+    return done.stderr
+
+
+def test_a_run_echoes_findings_names_a_failure_and_goes_on(home):
+    write_notebook(
+        home / "notebooks/00_start.ipynb", PARAMETERS, "print('words')\nprint('FINDING 00 n is', profile, n)"
+    )
+    write_notebook(home / "notebooks/01_bad.ipynb", PARAMETERS, "x = 1", "raise ValueError('expected 3, got 2')")
+    write_notebook(home / "notebooks/08_end.ipynb", PARAMETERS, "import sys\nprint('FINDING 08', sys.executable)")
+    write_profile(home, "notebooks: {00_start: {n: 5}}")
+    done = call("tiny", cwd=home)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert lines[0] == "profile tiny: 0 models to train (0 of 0 done), 3 notebooks, about 2 minutes"
+    assert lines[1].startswith("safe to stop at any time, it resumes")
+    assert "00 n is tiny 5" in lines
+    failed = "failed: 01_bad, section 'Part 2': ValueError: expected 3, got 2; log build/tiny/logs/01_bad.log"
+    assert failed in lines
+    assert lines[-2] == f"08 {sys.executable}"  # last of all, although 01 failed, in a kernel of this environment
+    assert lines[-1].startswith("figures/tiny/index.html")
+    executed = json.loads((home / "build/tiny/01_bad.ipynb").read_text())  # survives its failure, for reading
+    assert any(cell.get("outputs") for cell in executed["cells"])
+    assert "expected 3, got 2" in (home / "build/tiny/logs/01_bad.log").read_text()
+
+
+def test_after_kill_9_of_the_group_the_same_command_goes_on(home):
+    slow = "import time, pathlib\npathlib.Path('started').touch()\ntime.sleep(0 if pathlib.Path('go').exists() else 600)"
+    write_notebook(home / "notebooks/00_slow.ipynb", PARAMETERS, slow, "print('FINDING 00 through')")
+    write_profile(home)
+    command, environment = [str(ROOT / "run_all.sh"), "tiny"], {**os.environ, "MIA_PYTHON": sys.executable}
+    killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for((home / "notebooks/started").exists)
+        second = call("tiny")  # while it runs, another one is refused
+        assert second.returncode == 2
+        assert second.stderr.startswith("error: profile tiny is being run by another process")
+        assert second.stderr.count("\n") == 1
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    (home / "notebooks/go").touch()
+    done = call("tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "00 through" in done.stdout.splitlines()
+
+
+def test_a_row_is_trained_once_and_found_by_the_next_run(home):
+    data = "first: a\ndatasets: {scenes: {size: 32, n: 200}}\nsplit: {n_nonmembers: 60, n_shadow_nonmembers: 20}"
+    write_profile(home, data, rows=[ROW.format(id="a", dataset="scenes")])
+    (home / "notebooks").mkdir()
+    plan = run.make_plan("tiny")
+    assert [row.id for row in plan.missing] == ["a"]
+    first = call("tiny")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.splitlines()[0].startswith("profile tiny: 1 model to train (0 of 1 done)")
+    assert any(line.startswith("trained a (") and line.endswith(" 1/1") for line in first.stdout.splitlines())
+    again = run.make_plan("tiny")
+    assert not again.missing and again.done["a"].parent == home / "data/artifacts"
+    shown = call("tiny", "--plan").stdout
+    assert "0 models to train, 0.00 GB" in shown
+    assert "a         done" in shown
+
+
+def wait_for(condition, seconds: float = 240.0) -> None:
+    """Wait until a condition holds."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_bad_input_is_one_line_before_any_work(home):
+    write_notebook(home / "notebooks/00_a.ipynb", PARAMETERS, "1")
+    write_profile(home)
+    write_profile(home, "notebooks: {00_a: {m: 4}}", name="unknown-key")
+    write_profile(home, "notebooks: {00_a: {n: few}}", name="wrong-type")
+    write_profile(home, "notebooks: {07_b: {n: 1}}", name="no-notebook")
+    lost = [ROW.format(id="a", dataset="cityscapes")]
+    write_profile(home, "datasets: {cityscapes: {}}", rows=lost, name="no-data")
+    assert "unknown profile 'qick': expected one of" in refuse("qick")
+    assert "unknown notebook '05': expected one of 00" in refuse("tiny", "05")
+    assert "unknown option '--pln'" in refuse("tiny", "--pln")
+    assert "profiles/unknown-key.yaml: notebooks: 00_a: unknown key 'm' (known: profile, n)" in refuse("unknown-key")
+    assert "profiles/wrong-type.yaml: notebooks: 00_a: n: expected an int, got 'few'" in refuse("wrong-type")
+    assert "profiles/no-notebook.yaml: notebooks: unknown notebook '07_b'" in refuse("no-notebook")
+    assert "data set cityscapes: no folder " in refuse("no-data", "--strict")
+    assert "setup: expected no arguments, got 'now'" in refuse("setup", "now")
+    assert "data: expected one profile" in refuse("data")
+    assert "MIA_DATA_DIR: expected a folder, got" in refuse("tiny", MIA_DATA_DIR=str(home / "nowhere"))
+    (home / "data").write_text("a file where the folder should be")
+    assert "expected a folder that can be written, got 'Not a directory'" in refuse("tiny")
+
+
+def test_too_little_space_is_refused_with_both_numbers(home):
+    with pytest.raises(ValueError, match=r"expected 1000000\.3 GB free, got .* GB; make room or set MIA_HOME"):
+        run.check_data_folder(1e15)
+
+
+def test_a_missing_data_set_skips_its_rows_only(home):
+    rows = [ROW.format(id="here", dataset="scenes"), ROW.format(id="lost", dataset="tiny_imagenet")]
+    write_profile(home, "datasets: {scenes: {n: 3500}, tiny_imagenet: {}}", rows=rows)
+    done = call("tiny", "--plan")
+    assert done.returncode == 0, done.stderr
+    expected = f"skipped: tiny_imagenet, no folder {home / 'data/raw/tiny-imagenet-200'} and no cache"
+    assert done.stdout.splitlines()[0].startswith(expected)
+    assert "lost      skipped" in done.stdout and "here      to train" in done.stdout
+    (home / "data/raw/tiny-imagenet-200").mkdir(parents=True)
+    assert run.make_plan("tiny").skipped == {}
+
+
+def test_a_plan_writes_nothing_and_needs_no_torch(home):
+    code = "import sys; from mia_utils import run; run.main(['smoke', '--plan']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(profiles.load('smoke').models)} models to train" in done.stdout and "GB, about" in done.stdout
+    assert not list(home.rglob("*"))
+
+
+def test_the_first_row_and_its_notebook_go_before_all_others(home):
+    for name in ("00_start", "03_attack", "08_end"):
+        write_notebook(home / f"notebooks/{name}.ipynb", PARAMETERS, "1")
+    rows = [ROW.format(id=name, dataset="scenes") for name in ("b", "a", "c")]
+    write_profile(home, "first: a\ndatasets: {scenes: {n: 3500}}", rows=rows)
+    graph = run.make_plan("tiny").to_json("now")
+    priority = {job: work["priority"] for job, work in {**graph["train"], **graph["notebooks"]}.items()}
+    order = ["train-a", "00_start", "train-b", "train-c", "03_attack", "08_end"]
+    assert sorted(priority, key=priority.get, reverse=True) == order
+    assert graph["notebooks"]["00_start"]["needs"] == ["train-a"]
+    assert graph["notebooks"]["03_attack"]["needs"] == ["train-a", "train-b", "train-c"]
+    assert {"00_start", "03_attack"} < set(graph["notebooks"]["08_end"]["needs"])
+
+
+def test_named_notebooks_bring_only_what_they_need(home):
+    for name in ("00_start", "03_attack"):
+        write_notebook(home / f"notebooks/{name}.ipynb", PARAMETERS, "1")
+    rows = [ROW.format(id=name, dataset="scenes") for name in ("a", "b")]
+    write_profile(home, "first: a\ndatasets: {scenes: {n: 3500}}", rows=rows)
+    only = run.make_plan("tiny", ["00"])
+    assert list(only.notebooks) == ["00_start"] and [row.id for row in only.missing] == ["a"]
+    assert [row.id for row in run.make_plan("tiny", ["3"]).missing] == ["a", "b"]
+
+
+def test_smoke_packs_its_rows_into_two_processes_of_like_length():
+    profile = profiles.load("smoke")
+    plan = run.Plan(profile, {}, missing=list(profile.models))
+    packs = list(plan.train_jobs().values())
+    assert len(packs) == 2
+    assert sorted(row.id for pack in packs for row in pack) == sorted(row.id for row in profile.models)
+    lengths = [sum(map(profiles.estimate_seconds, pack)) for pack in packs]
+    assert max(lengths) <= 2 * min(lengths)
+
+
+def test_the_engines_own_arguments_win():
+    plan = run.Plan(profiles.load("smoke"), {})
+    assert run.get_engine_command(plan, [])[-2:] == ["--cores", "2"]
+    assert run.get_engine_command(plan, ["--cores", "4"]).count("--cores") == 1
+    assert "--cores" not in run.get_engine_command(plan, ["-j4"])
+    assert {"--nolock", "--rerun-incomplete", "--keep-going"} < set(run.get_engine_command(plan, []))
+
+
+def test_a_wrong_engine_argument_is_reported_with_its_log(home):
+    write_notebook(home / "notebooks/00_a.ipynb", PARAMETERS, "1")
+    write_profile(home)
+    done = call("tiny", "--", "--nonsense", cwd=home)
+    assert done.returncode == 1
+    assert "unrecognized arguments: --nonsense), not run: 00_a; log build/tiny/logs/engine.log" in done.stdout
+
+
+def test_the_last_finding_counts_and_the_section_is_the_heading_above_the_failure():
+    def cell(kind, source, count=1, outputs=()):
+        return {"cell_type": kind, "source": source, "metadata": {}, "execution_count": count, "outputs": list(outputs)}
+
+    printed = {"output_type": "stream", "text": ["FINDING 03 old\nother\n", "FINDING 03 new\n"]}
+    cells = [cell("markdown", "# Title"), cell("code", "a", outputs=[printed]), cell("markdown", "## Run\nwords")]
+    assert jobs.find_finding(cells) == "03 new"
+    error = {"output_type": "error"}
+    assert jobs.find_section([*cells, cell("code", "b", outputs=[error]), cell("markdown", "## Later")]) == "Run"
+    assert jobs.find_section([*cells, cell("code", "b", count=None)]) == "Run"  # the kernel was lost
+
+
+def test_the_test_command_passes_arguments_and_prints_pytests_closing_line_and_code(tmp_path):
+    (tmp_path / "test_two.py").write_text("def test_a():\n    pass\n\ndef test_b():\n    assert False\n")
+    done = call("test", str(tmp_path / "test_two.py"), "-p", "no:cacheprovider", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-2].startswith("1 failed, 1 passed in ")
+    assert done.stdout.splitlines()[-1] == "pytest exit code 1"
+
+
+def test_a_python_that_lacks_the_packages_is_one_line(tmp_path):
+    done = call("quick", "--plan", MIA_PYTHON="/bin/false")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: MIA_PYTHON: expected a Python 3.11 or newer with the packages of requirements.lock, got /bin/false\n"
+    )
+
+
+def test_help_lists_every_command_and_profile():
+    shown = call("--help").stdout
+    assert all(word in shown for word in [*run.COMMANDS, *profiles.list_names(), "--plan", "--strict"])
+
+
+def test_the_lock_names_no_index_and_no_path_and_has_hashes():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock and "--index" not in lock and "/tmp" not in lock
+    entries = [block for block in lock.split("\n") if block and not block.startswith((" ", "#"))]
+    assert all("==" in entry for entry in entries)
+    assert lock.count("--hash=sha256:") >= len(entries)
