@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -154,8 +155,51 @@ register_answer(
 )
 
 # --- 03
+register_answer(
+    "03-1",
+    lambda answer: _is_near(answer, 0.0, 0.005),
+    "Put v_ij = 1/16 into equation (4): what is the difference of the two logarithms?",
+)
+register_answer(
+    "03-2",
+    _is_choice("c"),
+    "Which of the three numbers was measured without any model, and how far is it from the attack?",
+)
+register_answer(
+    "03-3",
+    lambda answer, transfer: _is_near(answer, _measure_loss(transfer), 0.005),
+    "Two lists of result.auc, one where method and shadow_method agree and one where they do not; subtract the means.",
+)
+
+
+def _measure_loss(transfer: Iterable[Result]) -> float:
+    same = [r.auc for r in transfer if r.meta["method"] == r.meta["shadow_method"]]
+    other = [r.auc for r in transfer if r.meta["method"] != r.meta["shadow_method"]]
+    return float(np.mean(same) - np.mean(other))
+
 
 # --- 08
+register_answer(
+    "08-1",
+    lambda answer, summary: int(answer) == _count_above(summary),
+    "Three conditions: control is empty, protocol is controlled, auc_low is above .5.",
+)
+register_answer(
+    "08-2",
+    lambda answer: _is_near(answer, 2.0, 0.01),
+    "Every sound control is called broken with probability .05.",
+)
+register_answer(
+    "08-3",
+    _is_choice("c"),
+    "The control never asked the model. What does it say about the two sides, and does subtracting remove it?",
+)
+
+
+def _count_above(summary: pd.DataFrame) -> int:
+    kept = (summary["control"] == "") & (summary["protocol"] == "controlled")
+    return int((summary.loc[kept, "auc_low"] > 0.5).sum())
+
 
 
 # ------------------------------------------------------------------------------------------------- package code
@@ -452,6 +496,7 @@ _ROLE_NAMES = {
 _INK = "#333333"
 
 
+@mpl.rc_context(plots.STYLE)
 def draw_roles(split: Split, images: np.ndarray, *, title: str) -> tuple[Figure, pd.DataFrame]:
     """Draw who does what: the pool dealt into roles, an example of each, and what it is used for.
 
@@ -573,6 +618,7 @@ def make_rung_pair(pool: Any, rung: str, *, seed: int = 0) -> tuple[np.ndarray, 
     return None
 
 
+@mpl.rc_context(plots.STYLE)
 def draw_ladder_hero(
     table: pd.DataFrame, pairs: Mapping[tuple[str, str], tuple], *, title: str
 ) -> tuple[Figure, pd.DataFrame]:
@@ -587,7 +633,7 @@ def draw_ladder_hero(
         figure, table.
     """
     rungs = list(dict.fromkeys(zip(table["rung"], table["dataset"], table["label"], strict=True)))
-    n, side, pitch, head, foot = len(rungs), 0.64, 0.86, 0.62, 0.55
+    n, side, pitch, head, foot = len(rungs), 0.64, 0.86, 0.52, 0.5
     width, height = plots.FULL, head + n * pitch + foot
     fig = Figure(figsize=(width, height))
     plots.set_title(fig, title)

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mia_utils import artifacts, attacks, paths, profiles, train
+from mia_utils import artifacts, attacks, paths, profiles, seeds, train
 from mia_utils.attacks import Result
 from mia_utils.datasets import Pool
 from mia_utils.pretrain import Run
@@ -56,8 +57,8 @@ class Lab:
         row = self.profile.row(model_id)
         wanted = dict(role="shadow", dataset=row.dataset, n_train=row.n_train, seed=row.seed, defense=row.defense)
         found = self.rows(**wanted, method=method or row.method)
-        same = [shadow for shadow in found if shadow.arch == row.arch]
-        return (same or found or [None])[0] and (same or found)[0].id
+        found.sort(key=lambda shadow: shadow.arch != row.arch)  # the same architecture first
+        return found[0].id if found else None
 
     def pool(self, dataset: str) -> Pool:
         """Load a data set with the profile's arguments, once."""
@@ -108,6 +109,7 @@ class Lab:
         figure: str | None = None,
         epoch: int | None = None,
         known_share: float = 1.0,
+        n_nonmembers: int | None = None,
         summary: bool = True,
         controls: bool = True,
         **params: Any,
@@ -123,6 +125,8 @@ class Lab:
             figure: name of the figure that is drawn from it.
             epoch: attack the checkpoint of this epoch; None: the end of training.
             known_share: share of the fit images that the attacker knows.
+            n_nonmembers: report on so many of the split's strangers, drawn with its seed (sweeps: the members decide the
+                width of the interval, so 512 strangers cost a sixth and say nearly as much); None: all.
             summary: whether it enters the summary table (sweeps do not).
             controls: run the three controls beside it.
             params: parameters of the attack.
@@ -141,7 +145,7 @@ class Lab:
             same = [row.dataset == other.dataset, row.arch == other.arch, row.method == other.method]
             knowledge = "shadow:" + "".join(letter if ok else "-" for letter, ok in zip("PET", same, strict=True))
         logical = dict(attack=attack, model_id=model_id, knowledge=knowledge, shadow=shadow, protocol=protocol)
-        logical |= dict(epoch=epoch, known_share=known_share, params=params)
+        logical |= dict(epoch=epoch, known_share=known_share, n_nonmembers=n_nonmembers, params=params)
         label = "-".join(filter(None, [attack, model_id, knowledge.replace(":", "-"), protocol[:8]]))
         path = paths.get_scores_dir(self.profile_name) / f"{label}-{artifacts.hash_spec(logical)}.npz"
         if self.replay:
@@ -165,6 +169,9 @@ class Lab:
         split = Split.load(folders[model_id] / "split.npz")
         if shadow and Split.load(folders[shadow] / "split.npz").hash != split.hash:
             raise ValueError(f"{shadow} was trained on another split than {model_id}: train both rows again")
+        if n_nonmembers is not None and n_nonmembers < len(split.target_nonmembers):
+            order = seeds.rng(split.seed, "fewer-strangers").permutation(split.target_nonmembers)
+            split = dataclasses.replace(split, target_nonmembers=np.sort(order[:n_nonmembers]))
         result = attacks.evaluate(
             attack,
             run.encoder_at(epoch),

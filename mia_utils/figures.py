@@ -45,6 +45,7 @@ RUNGS = {
 }
 _CONTROLS = ("no-model", "untrained", "permuted")
 _CLEAN = ("controlled", "clean", "iid-frames")
+_SCALE_ORDER = ("(.01, .03)", "(.08, .1)", "(.08, .2)", "(.08, .3)", "(.5, 1)")  # the paper's five, by size
 _MLP_ORDER = ("narrow", "shallow", "base", "deep", "wide")
 _WIDTHS = {
     (512, 256, 128): "base", (1024, 512, 256): "wide", (256, 128, 64): "narrow", (512, 256, 256, 128): "deep",
@@ -203,31 +204,20 @@ def _facts(result: Any) -> dict[str, Any]:
 def digest(result: Any) -> bytes:
     """Hash of what the numbers of a result follow from: the same control saved twice is one control."""
     hashed = hashlib.blake2b(digest_size=16)
-    for name in ("score", "is_member", "fold", "groups"):
+    for name in ("score", "is_member", "fold", "groups", "threshold"):
         value = getattr(result, name, None)
         if value is not None:
             value = np.asarray(value)
             hashed.update(np.ascontiguousarray(value if value.dtype.kind in "bifu" else value.astype("U")).tobytes())
         hashed.update(b"\x1f")
-    hashed.update(repr(result.threshold).encode())
     return hashed.digest()
 
 
 def _inputs(result: Any) -> dict[str, Any]:
-    """Report rows of a result as the arguments of ``metrics.evaluate``."""
-    role = getattr(result, "role", None)
-    keep = np.ones(len(result.score), bool) if role is None or not len(role) else np.asarray(role) == "report"
-    if not keep.any():
-        keep = np.ones(len(result.score), bool)
-    fold = None if result.fold is None else np.asarray(result.fold)[keep]
-    groups = None if result.groups is None else np.asarray(result.groups)[keep]
-    return {
-        "score": np.asarray(result.score, float)[keep],
-        "is_member": np.asarray(result.is_member, bool)[keep],
-        "threshold": result.threshold,
-        "groups": groups,
-        "folds": fold if fold is not None and len(np.unique(fold)) > 1 else None,
-    }
+    """A result as the arguments of ``metrics.evaluate``."""
+    folds = result.fold if len(np.unique(result.fold)) > 1 else None
+    names = ("score", "is_member", "threshold", "groups")
+    return {name: getattr(result, name) for name in names} | {"folds": folds}
 
 
 _METRICS: dict[tuple, metrics.Result] = {}
@@ -324,12 +314,28 @@ def _load(lab: Any, *names: str, controls: Sequence[str] = ("no-model", "untrain
             f"{names[0]}: no saved scores in profile {lab.profile_name}.{needs} "
             f"Run notebook {spec.notebook}, or see profile photos."
         )
-    return group(results, controls=controls)
+    return _sort(group(results, controls=controls))
+
+
+def _sort(entries: Sequence[Entry]) -> list[Entry]:
+    """Put entries in the order of the book: by method, then structure, plain rows before their variants."""
+    methods, arches = list(plots.METHOD_MARKERS), [prefix for prefix, _ in _ARCH_LABELS]
+
+    def place(entry: Entry) -> tuple[int, int, int]:
+        method, arch = str(entry.meta.get("method")), str(entry.meta.get("arch"))
+        return (
+            methods.index(method) if method in methods else len(methods),
+            next((i for i, prefix in enumerate(arches) if arch.startswith(prefix)), len(arches)),
+            len(str(entry.meta.get("model"))),
+        )
+
+    return sorted(entries, key=place)
 
 
 # -------------------------------------------------------------------------------------------------- small language
 
 
+_AUGMENTATIONS = {"none": "plain", "flip": "flips", "crop": "strong crops", "crop-weak": "weak crops"}
 _TELLING = ("arch", "dataset", "augmentation", "defense", "n_train", "epochs")
 
 
@@ -344,7 +350,7 @@ def _name_target(entry: Entry, entries: Sequence[Entry]) -> str:
             text = {"arch": _name_arch(entry), "n_train": f"N {value}", "epochs": f"{value} epochs"}.get(
                 name, str(value)
             )
-            parts.append(f"{text} views" if name == "augmentation" else text)
+            parts.append(_AUGMENTATIONS.get(text, f"{text} views") if name == "augmentation" else text)
             twins = [e for e in twins if str(e.meta.get(name)) == str(value)]
     # what the meta does not tell apart is told apart by the model's own name
     return str(entry.meta.get("model")) if len({e.meta.get("model") for e in twins}) > 1 else ", ".join(parts)
@@ -541,10 +547,11 @@ def _draw_first_roc(lab):
     entries = _load(lab, "fig00_roc", controls=("no-model", "untrained", "permuted"))
     entry = max(entries, key=lambda e: e.metrics.auc)
     first = entry.results[0]
-    bins = plots.count_scores(np.asarray(first.score), np.asarray(first.is_member))
+    # folds have attackers of their own: their scores meet on one axis only relative to their thresholds
+    bins = plots.count_scores(first.score - (0 if first.threshold is None else first.threshold), first.is_member)
     roc = pd.concat(_roc_rows(entry, ("no-model", "untrained", "permuted")), ignore_index=True)
     fig, axes = plots.make_figure(1, 2, height=2.9)
-    plots.draw_histograms(axes[0, 0], bins)
+    plots.draw_histograms(axes[0, 0], bins, xlabel="score above the attacker's threshold")
     axes[0, 0].set_title("scores of the attack")
     plots.draw_roc(axes[0, 1], roc, n_nonmembers=entry.metrics.n_nonmembers)
     at = entry.metrics.tpr_at.get(0.01)
@@ -623,7 +630,8 @@ def _draw_roc(lab):
             label_y=_is_left(ax),
             label_x=not below,
         )
-        ax.set_title(f"{target}: AUC {_say_interval(part[0])}")
+        gap = ": " if len(target) < 16 else ":\n"
+        ax.set_title(f"{target}{gap}AUC {_say_interval(part[0])}")
     plots.set_title(fig, _say_leaks([part[0] for _, part in panels], [target for target, _ in panels]))
     plots.make_legend(fig, table, seeds=True)
     return fig, table
@@ -696,7 +704,7 @@ def _name_scale(entry: Entry) -> str | None:
     paper_item="PartCrop, ablation: crop scale",
 )
 def _draw_crop_scale(lab):
-    return _choice(lab, "fig03_crop_scale", _name_scale, say="crop scale")
+    return _choice(lab, "fig03_crop_scale", _name_scale, say="crop scale", order=_SCALE_ORDER)
 
 
 @figure(
@@ -801,17 +809,17 @@ def _draw_transfer(lab):
         raise NotAvailable(
             "fig03_transfer: no result with shadow knowledge; it needs a target and a shadow for at least two methods"
         )
-    order = list(dict.fromkeys([e.meta["method"] for e in entries] + [e.meta["shadow_method"] for e in entries]))
+    used = {e.meta["method"] for e in entries} | {e.meta["shadow_method"] for e in entries}
+    order = sorted(used, key=lambda m: (list(plots.METHOD_MARKERS) + [m]).index(m))
     entries.sort(key=lambda e: (order.index(e.meta["shadow_method"]), order.index(e.meta["method"])))
     rows = [
         r
         for e in entries
         for r in make_rows(e, row=plots.label_of(e.meta["shadow_method"]), column=plots.label_of(e.meta["method"]))
     ]
-    blind: dict[str, Entry] = {}
-    for e in entries:
-        if "no-model" in e.controls and e.controls["no-model"].metrics is not None:
-            blind.setdefault(e.meta["method"], e)
+    # no model is asked, so one such row serves all targets on the same split
+    by_split = {e.meta.get("split"): e for e in entries if "no-model" in e.controls and e.controls["no-model"].metrics}
+    blind = {e.meta["method"]: by_split[e.meta.get("split")] for e in entries if e.meta.get("split") in by_split}
     for method in order:
         if method in blind:
             rows += [
@@ -924,7 +932,7 @@ def _draw_released(lab):
     needs="targets with checkpoints along training",
 )
 def _draw_epochs(lab):
-    return _sweep(lab, "fig03_epochs", of="epoch", xlabel="training epoch", log=True, say="after {} epochs")
+    return _sweep(lab, "fig03_epochs", of="epoch", xlabel="training epoch", log=True, say="after epoch {}")
 
 
 @figure(
@@ -943,7 +951,7 @@ def _draw_response_curves(table):
     for k, (ax, (method, feature)) in enumerate(zip(axes, keys, strict=True)):
         part = table[(table["method"] == method) & ((table[column] == feature) if column else True)]
         plots.draw_part_curves(
-            ax, part, legend=k == 0, ylabel="energy" if k % 3 == 0 else "", xlabel="part, sorted by energy"
+            ax, part, legend=k == 0, ylabel="response" if k % 3 == 0 else "", xlabel="token, sorted by response"
         )
         ax.set_title(plots.label_of(method) + (f", {feature}" if feature else ""))
         wide = part.pivot_table(index="x", columns="group", values=["value", "low", "high"])
@@ -993,18 +1001,18 @@ def summarize(lab: Any, *, controls: Sequence[str] = ("no-model", "untrained", "
     results = [r for r in lab.results() if r.meta.get("summary", True)]
     if not results:
         raise NotAvailable(f"no saved scores in profile {lab.profile_name}; run the notebooks first")
-    return group(results, controls=controls)
+    return _sort(group(results, controls=controls))
 
 
 @figure(
-    "fig08_grid", notebook="08_figures", title="Attack x target grid with its controls below", needs="any attack result"
+    "fig08_hero", notebook="08_figures", title="Attack x target grid with its controls below", needs="any attack result"
 )
 def _draw_overview(lab):
     entries = [
         e for e in summarize(lab) if e.metrics is not None and e.meta.get("protocol") == "controlled" and not e.control
     ]
     if not entries:
-        raise NotAvailable(f"fig08_grid: no result under the controlled protocol in profile {lab.profile_name}")
+        raise NotAvailable(f"fig08_hero: no result under the controlled protocol in profile {lab.profile_name}")
     several = len({str(e.meta.get("knowledge")) for e in entries}) > 1
 
     def name(entry):

@@ -40,14 +40,14 @@ ATTACK_COLORS = {
     "partcrop-v2": "#56B4E9",
     "encodermi-v": "#D55E00",
     "encodermi-s": "#E69F00",
-    "encodermi-t": "#7A3E00",
-    "lpla": "#C9B800",
+    "encodermi-t": "#6B2E00",
+    "lpla": "#E6D800",
     "mim": "#009E73",
     "seg-loss-map": "#7B2D8B",
     "seg-concat": "#CC79A7",
-    "seg-full-image": "#3B0F5C",
+    "seg-full-image": "#2D0A47",
     "seg-global-loss": "#B9A7E0",
-    "seg-label-only": "#8C510A",
+    "seg-label-only": "#9A6A00",
 }
 _SPARE_COLORS = ("#882255", "#44AA99", "#DDCC77", "#332288", "#117733", "#AA4499", "#88CCEE", "#CC6677")
 CONTROL_STYLES = {
@@ -72,7 +72,7 @@ ATTACK_LABELS = {
     "seg-label-only": "Label only",
 }  # fmt: skip
 CONTROL_LABELS = {"no-model": "no model", "untrained": "untrained encoder", "permuted": "permuted labels"}
-MEMBER_COLOR, STRANGER_COLOR = "#D81B60", "#00695C"  # apart in lightness and hue for every color vision deficiency
+MEMBER_COLOR, STRANGER_COLOR = "#D81B60", "#1E9A8E"  # apart in lightness and hue for every color vision deficiency
 MEMBER_LINE, STRANGER_LINE = "-", (0, (4, 1.5))
 
 STYLE: dict[str, Any] = {

@@ -518,12 +518,13 @@ def _make_figure(path: Path, profile: str) -> str:
     if texts.get("Seeds"):
         links.append(f"seeds {html.escape(texts['Seeds'])}")
     data = base64.b64encode(path.read_bytes()).decode()
+    said = [" ".join(f for f in facts if f)] if any(facts) else []
     wide = int(texts["width"]) > 1000
     size = f'width="{texts["width"]}" height="{texts["height"]}"'
     return (
         f'<figure id="{html.escape(path.stem)}" class="{"" if wide else "narrow"}"><h3>{html.escape(title)}</h3>'
         f'<div class="wide"><img alt="{html.escape(title)}" {size} loading="lazy" src="data:image/png;base64,{data}">'
-        f"</div><figcaption>{' '.join(f for f in facts if f)}<br>{' · '.join(links)}</figcaption></figure>"
+        f"</div><figcaption>{'<br>'.join([*said, ' · '.join(links)])}</figcaption></figure>"
     )
 
 

@@ -581,9 +581,12 @@ def run_data(arguments: list[str]) -> int:
 def run_replay(arguments: list[str]) -> int:
     """``replay``: redraws every score-based figure of ``photos`` from the committed scores."""
     _expect_nothing("replay", arguments)
-    from mia_utils import experiments, figures
+    from mia_utils import experiments, figures, report
 
-    drawn = figures.draw_all(experiments.open("photos", replay=True))
+    lab = experiments.open("photos", replay=True)
+    report.write_summary(lab)
+    drawn = figures.draw_all(lab)
+    report.write_index("photos")
     for row in drawn.itertuples():
         print(f"{row.figure}: {os.path.relpath(row.path) if row.path else row.note}")
     print(f"{(drawn.path != '').sum()} figures redrawn from data/scores/photos")

@@ -326,3 +326,40 @@ def test_video_blocks_stay_together_in_every_control(pool, scratch):
     permuted = result.controls["permuted"]
     assert all(len(set(permuted.is_member[permuted.groups == g])) == 1 for g in set(permuted.groups))
     assert result.auc > 0.8
+
+
+# ---------------------------------------------------------------------------------------------------- the blind ladder
+
+
+def test_the_released_view_betrays_members_without_a_model_and_the_controlled_protocol_does_not(pool):
+    assert attacks.evaluate_blind(pool, "released-view", n_members=100).auc > 0.8
+    result = attacks.evaluate_blind(pool, "controlled", n_members=100)
+    assert LOW < result.auc < HIGH and (result.attack, result.controls) == ("no-model", {})
+    assert result.metrics.n_nonmembers == 300
+
+
+def test_the_official_split_betrays_members_where_its_parts_look_different(pool):
+    images = pool.images.copy()
+    images[500:] //= 2  # the official test images are darker
+    darker = datasets.Pool("darker", images, pool.labels, pool.image_ids, pool.official_split, pool.class_names)
+    assert attacks.evaluate_blind(darker, "released-split", n_members=100).auc > 0.9
+
+
+def test_frames_of_known_blocks_betray_members_and_whole_blocks_do_not():
+    rng = np.random.default_rng(0)
+    scene = rng.integers(40, 216, (80, 1, 6, 8, 3)).repeat(8, axis=1)  # 80 blocks of 8 near twins, 48 x 64 pixels
+    images = (scene + rng.integers(-3, 4, scene.shape)).repeat(8, axis=2).repeat(8, axis=3).reshape(640, 48, 64, 3)
+    blocks = np.array([f"drive{i // 320}/{i // 8:02d}" for i in range(640)])
+    ids = np.array([f"frame-{i:03d}" for i in range(640)])
+    video = datasets.Pool("video", images.astype(np.uint8), np.zeros(640, int), ids, None, ("street",), groups=blocks)
+    assert attacks.evaluate_blind(video, "frame-thirds", n_members=160).auc > 0.75
+    clean = attacks.evaluate_blind(video, "controlled", n_members=160)
+    assert clean.auc_low < 0.5 < clean.auc_high and clean.groups is not None
+    assert attacks.evaluate_blind(video, "iid-frames", n_members=160).groups is None
+
+
+def test_an_unknown_rung_and_a_rung_about_video_raise_one_line(pool):
+    with pytest.raises(ValueError, match="expected rung released-view"):
+        attacks.evaluate_blind(pool, "official", n_members=10)
+    with pytest.raises(ValueError, match="'noise' has no groups"):
+        attacks.evaluate_blind(pool, "frame-thirds", n_members=10)

@@ -30,8 +30,8 @@ from mia_utils.attacks.result import SUMMARY_COLUMNS, Result
 
 __all__ = [
     "ATTACKS",
-    "CONTROLS",
     "BLIND_RUNGS",
+    "CONTROLS",
     "NEEDS",
     "PROTOCOLS",
     "SUMMARY_COLUMNS",
@@ -290,12 +290,69 @@ def evaluate(
             result.controls["untrained"] = run(
                 is_member, scorer, control="untrained", meta=meta, one_ranking=one_ranking
             )
-        # permuted within each role, the reported ones included: does the harness alone find a signal?
-        labels = permute_labels(is_member, roles.folds, seed=seed, groups=groups)
+        # within each role, the reported ones included: does the harness alone find a signal? Every fold permutes anew:
+        # one label per image for all folds would tie the folds together and widen the AUC beyond its p-value
+        labels = [
+            permute_labels(is_member, [fold], seed=seeds.derive(seed, "permuted", f), groups=groups)
+            for f, fold in enumerate(roles.folds)
+        ]
         result.controls["permuted"] = run(
             labels, make_scorer(features), control="permuted", meta=meta, one_ranking=one_ranking
         )
     return result
+
+
+def evaluate_blind(pool, rung: str, *, n_members: int, seed: int = 0) -> Result:
+    """Measure how well members are told from strangers by an attacker who never sees a model: one rung of the ladder.
+
+    Nothing is trained on the members, so every AUC above 0.5 is a flaw of the protocol and no leak of any model.
+
+    Args:
+        pool: the data set.
+        rung: one of ``BLIND_RUNGS``: ``"controlled"``, ``"released-view"``, ``"released-split"``, ``"frame-thirds"``
+            (video split by blocks, but the attacker knows frames of the blocks it is scored on) or ``"iid-frames"``
+            (video split frame by frame, as if frames were independent).
+        n_members: members, and three times as many strangers, or two times or as many where the pool has no more.
+        seed: seed of the split and the views.
+
+    Returns:
+        Result of an attack called ``no-model``, without controls.
+
+    Raises:
+        ValueError: an unknown rung, a rung about video on a pool without groups, too few images.
+    """
+    if rung not in BLIND_RUNGS:
+        raise ValueError(f"expected rung {', '.join(BLIND_RUNGS)}, got {rung!r}")
+    if rung in ("frame-thirds", "iid-frames") and pool.groups is None:
+        raise ValueError(f"rung {rung!r} is about frames of one drive: data set {pool.name!r} has no groups")
+    if rung == "iid-frames":
+        pool = dataclasses.replace(pool, groups=None)
+    options = {"n_members": n_members, "n_shadow_members": 0, "n_shadow_nonmembers": 0, "seed": seed}
+    options["rule"] = "official" if rung == "released-split" else "iid"
+    for times in (3, 2, 1):
+        try:
+            split = splits.draw(pool, n_nonmembers=times * n_members, **options)
+            break
+        except ValueError:
+            if times == 1:
+                raise
+    roles = split.roles("partial", by_block=rung != "frame-thirds")
+    view = np.where(roles.is_member & (rung == "released-view"), "random_resized_crop", "resize")
+    height, width = pool.images.shape[1:3]
+    # the pictures as they are, but where the views of the two sides differ: then both pass the same resampling
+    size = min(height, width) if rung == "released-view" else None
+    meta = {"paper": "", "dataset": pool.name, "protocol": rung, "knowledge": "partial", "seed": seed, "queries": 0}
+    return _cross_fit(
+        roles,
+        pool.image_ids[roles.index],
+        None if pool.groups is None else pool.groups[roles.index],
+        roles.is_member,
+        _make_blind(pool, roles.index, view, size, seed),
+        name="no-model",
+        control="",
+        meta=meta | {"split": split.hash, "params": {}},
+        seed=seed,
+    )
 
 
 def _check(attack: Attack, model, pool, split, knowledge, shadow, reference, protocol) -> None:
@@ -330,7 +387,7 @@ def _cross_fit(
     roles,
     image_ids: np.ndarray,
     groups: np.ndarray | None,
-    is_member: np.ndarray,
+    is_member: np.ndarray | list[np.ndarray],
     make_scorer: Callable,
     *,
     name: str,
@@ -339,15 +396,19 @@ def _cross_fit(
     seed: int,
     one_ranking: bool = False,
 ) -> Result:
-    """Fit an attacker per fold, choose its threshold on images it knows, score the fold's report images."""
-    score, threshold = np.full((2, len(is_member)), np.nan)
-    fold = np.full(len(is_member), -1)
+    """Fit an attacker per fold, choose its threshold on images it knows, score the fold's report images.
+
+    ``is_member`` is (n,), or one such array per fold.
+    """
+    labels = is_member if isinstance(is_member, list) else [is_member] * len(roles.folds)
+    score, threshold = np.full((2, len(roles.index)), np.nan)
+    fold, reported = np.full(len(roles.index), -1), np.zeros(len(roles.index), bool)
     for f, (fit, validation, report) in enumerate(roles.folds):
         assert not (set(fit) & set(validation) or set(report) & (set(fit) | set(validation))), "roles overlap"
         fold_seed = seeds.derive(seed, "attacker", f) % 2**31
-        scorer, deciding = make_scorer(is_member, fit, validation, report, fold_seed)
-        threshold[report] = classifier.pick_threshold(scorer(deciding), is_member[deciding])
-        score[report], fold[report] = scorer(report), 0 if one_ranking else f
+        scorer, deciding = make_scorer(labels[f], fit, validation, report, fold_seed)
+        threshold[report] = classifier.pick_threshold(scorer(deciding), labels[f][deciding])
+        score[report], fold[report], reported[report] = scorer(report), 0 if one_ranking else f, labels[f][report]
     rows = fold >= 0
     if not np.isfinite(score[rows]).all():
         raise ValueError(f"attack {name!r} gave {int((~np.isfinite(score[rows])).sum())} scores that are not finite")
@@ -355,7 +416,7 @@ def _cross_fit(
         name,
         control,
         score=score[rows],
-        is_member=is_member[rows],
+        is_member=reported[rows],
         image_ids=np.asarray(image_ids)[rows].astype(str),
         role=np.full(rows.sum(), "report"),
         fold=fold[rows],

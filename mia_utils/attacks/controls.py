@@ -1,7 +1,7 @@
 """The controls beside every attack: what a score is worth when the model has nothing to say.
 
-* **no-model** ("blind"): statistics of the very pictures that the attack queries with, a small classifier, no model. Above
-  0.5 it says that members and non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201).
+* **no-model** ("blind"): statistics of the very pictures that the attack queries with, a small classifier, no model.
+  Above 0.5 it says that members and non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201).
 * **untrained**: the attack on an encoder with fresh weights (nothing to write: hand the attack a fresh encoder).
 * **permuted**: the attack on labels that are permuted within each role, the reported ones included.
 
@@ -77,19 +77,20 @@ def score_without_model(
     """Score membership without a model: statistics of the pictures, standardized, and a logistic regression.
 
     Give the *views* that the attack queries with, so that a difference in how members are queried is seen too. Reported
-    positions are scored by a classifier fit on the fit and validation positions; validation positions by one fit on the fit
-    positions only, so that a threshold can be chosen there.
+    positions are scored by a classifier fit on the fit and validation positions; validation positions by one fit on
+    the fit positions only, so that a threshold can be chosen there.
 
     Args:
-        images: (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]; or their statistics (N, F), computed once for many
-            calls.
+        images: (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]; or their statistics (N, F), computed once for
+            many calls.
         is_member: (N,) bool.
-        folds: ``(fit, validation, report)`` positions per fold, or a role ``"fit" | "validation" | "report"`` per position
-            (N,) str (other names: unused).
+        folds: ``(fit, validation, report)`` positions per fold, or a role ``"fit" | "validation" | "report"`` per
+            position (N,) str (other names: unused).
         seed: not used: the fit is deterministic. It is here so that this attacker is called as all others.
 
     Returns:
-        (N,) float64, higher = more likely a member; NaN where a position is neither reported nor (single fold) validation.
+        (N,) float64, higher = more likely a member; NaN where a position is neither reported nor (single fold)
+        validation.
 
     Raises:
         ValueError: shapes differ, or the positions to fit on lack a class.
@@ -113,7 +114,9 @@ def _fit_blind(x: np.ndarray, is_member: np.ndarray) -> Pipeline:
     if not 0 < is_member.sum() < len(is_member):
         raise ValueError(f"expected members and non-members to fit, got {is_member.sum()} members of {len(is_member)}")
     # C = 0.1 is fixed: with 56 columns and a few hundred members a search would cost more images than it gains
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000)).fit(x, is_member)
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000)).fit(
+        x, is_member
+    )
 
 
 def permute_labels(
@@ -121,8 +124,9 @@ def permute_labels(
 ) -> np.ndarray:
     """Permute labels within each role, so that every role keeps its number of members (FPR and AUC stay comparable).
 
-    One fold: within fit, within validation and within report. Several folds: within each report fold, so that an image has
-    one permuted label in all the roles it plays, and what an attacker is fit on says nothing about the fold it is scored on.
+    One fold: within fit, within validation and within report. Several folds: within each report fold, so that an
+    image has one permuted label in all the roles it plays, and what an attacker is fit on says nothing about the fold
+    it is scored on.
 
     Args:
         is_member: (N,) bool.
@@ -157,8 +161,8 @@ def describe(result: Any) -> str:
     """Say in one line what a control shows, and how small a leak it could have shown.
 
     Args:
-        result: a result with ``auc, auc_low, auc_high, half_width`` (of ``metrics`` or ``attacks``). An attack's control
-            that was not run has no scores and a ``meta["reason"]``.
+        result: a result with ``auc, auc_low, auc_high, half_width`` (of ``metrics`` or ``attacks``). An attack's
+            control that was not run has no scores and a ``meta["reason"]``.
 
     Returns:
         For example ``"AUC .51 [.48, .54], not shown distinguishable; could have seen AUC >= .53"``.

@@ -1,0 +1,256 @@
+"""metrics: the weighted ROC against scikit-learn and a naive bootstrap, intervals that hold, seeds, Holm."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from mia_utils import metrics
+
+
+def make_scores(n_members=60, n_nonmembers=200, *, shift=1.0, seed=0, digits=None):
+    rng = np.random.default_rng(seed)
+    is_member = rng.permutation(np.arange(n_members + n_nonmembers) < n_members)
+    score = rng.normal(size=len(is_member)) + shift * is_member
+    return (score if digits is None else np.round(score, digits)), is_member
+
+
+@pytest.mark.parametrize("digits", [None, 0])
+def test_weighted_roc_matches_sklearn(digits):
+    score, is_member = make_scores(digits=digits)
+    weights = np.random.default_rng(1).integers(0, 4, size=(7, len(score)))
+    x = metrics._check(score, is_member)
+    auc, tpr = metrics._measure(x, metrics._make_curves(x), weights, np.array([0.05, 0.3]))
+    for b, w in enumerate(weights):
+        assert auc[b] == pytest.approx(roc_auc_score(is_member, score, sample_weight=w), abs=1e-12)
+        fpr, hits, _ = roc_curve(is_member, score, sample_weight=w, drop_intermediate=False)
+        assert tpr[b] == pytest.approx([hits[fpr <= rate + 1e-12].max() for rate in (0.05, 0.3)])
+
+
+def test_interval_matches_a_naive_bootstrap():
+    score, is_member = make_scores(40, 80)
+    rng, members, strangers = np.random.default_rng(3), np.flatnonzero(is_member), np.flatnonzero(~is_member)
+    naive = []
+    for _ in range(2000):
+        m, n = score[rng.choice(members, len(members))], score[rng.choice(strangers, len(strangers))]
+        naive.append(np.mean(m[:, None] > n))
+    got = metrics.evaluate(score, is_member, n_bootstrap=2000)
+    # Monte-Carlo error of a 2.5 % quantile of 2,000 draws with sd .045: about .003
+    assert (got.auc_low, got.auc_high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.012)
+    assert got.auc == pytest.approx(roc_auc_score(is_member, score))
+    assert got.half_width == pytest.approx((got.auc_high - got.auc_low) / 2)
+
+
+def test_folds_are_averaged_and_never_pooled():
+    score, is_member = make_scores(100, 400, shift=2.0)
+    folds = np.arange(500) % 5
+    score = score + 100.0 * folds  # each attacker on a scale of its own
+    got = metrics.evaluate(score, is_member, folds=folds, n_bootstrap=200)
+    each = [roc_auc_score(is_member[folds == f], score[folds == f]) for f in range(5)]
+    assert got.auc == pytest.approx(np.mean(each))
+    assert got.auc_low < got.auc < got.auc_high
+    assert got.auc - roc_auc_score(is_member, score) > 0.2  # what pooling would have said
+    # each fold alone cannot hold a false positive at 1 %, the five together may make four
+    assert metrics._share_budget(np.full((1, 5), 80), np.array([0.01])).sum() == 4
+
+
+def test_roc_grid_is_monotone_and_brackets_the_curve():
+    got = metrics.evaluate(*make_scores(100, 500), folds=np.arange(600) % 3, n_bootstrap=200)
+    assert got.roc.fpr[0] == pytest.approx(1 / 500) and got.roc.fpr[-1] == 1
+    assert (np.diff(got.roc.tpr) >= 0).all() and got.roc.tpr[-1] == pytest.approx(1)
+    assert (got.roc.low <= got.roc.tpr).all() and (got.roc.tpr <= got.roc.high).all()
+
+
+def test_tpr_is_hidden_where_nonmembers_are_few():
+    got = metrics.evaluate(*make_scores(50, 999), n_bootstrap=50)
+    assert got.tpr_at[0.1] is not None and got.tpr_at[0.01] is None and got.tpr_at[0.001] is None
+    got = metrics.evaluate(*make_scores(50, 1000), n_bootstrap=50)
+    assert got.tpr_at[0.01] is not None
+
+
+def test_ties_never_exceed_the_false_positive_rate():
+    is_member = np.r_[np.ones(50, bool), np.zeros(200, bool)]
+    score = np.r_[np.ones(50), np.ones(30), np.zeros(170)]  # 15 % of strangers tie with every member
+    got = metrics.evaluate(score, is_member, n_bootstrap=100, fprs=(0.1, 0.2))
+    assert got.tpr_at[0.1].value == 0  # letting part of the tie through would claim a detection nobody can make
+    assert got.tpr_at[0.2].value == 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_perfect_separation_has_an_honest_interval(sign):
+    is_member = np.r_[np.ones(60, bool), np.zeros(300, bool)]
+    got = metrics.evaluate(sign * np.r_[np.full(60, 2.0), np.zeros(300)], is_member, n_bootstrap=100)
+    low, high = (got.auc_low, got.auc_high) if sign > 0 else (1 - got.auc_high, 1 - got.auc_low)
+    assert high == 1 and 0.9 < low < 0.99
+    tpr = got.tpr_at[0.1]
+    assert tpr.low < tpr.high and (tpr.low, tpr.high) != (tpr.value, tpr.value)
+    assert got.p_value < 1e-6
+
+
+def test_constant_scores_say_nothing():
+    got = metrics.evaluate(np.zeros(100), np.arange(100) < 50, n_bootstrap=50)
+    assert got.auc == 0.5 and got.p_value == 1 and got.auc_low < 0.45 and got.auc_high > 0.55
+
+
+def test_coverage():
+    truth, rate = stats.norm.cdf(1 / 2**0.5), 0.1
+    true_tpr = stats.norm.sf(stats.norm.isf(rate) - 1)
+    auc, tpr = [], []
+    for i in range(120):
+        got = metrics.evaluate(
+            *make_scores(60, 300, seed=i), folds=np.arange(360) % 3, fprs=(rate,), n_bootstrap=100, seed=i
+        )
+        auc.append(got.auc_low <= truth <= got.auc_high)
+        tpr.append(got.tpr_at[rate].low <= true_tpr <= got.tpr_at[rate].high)
+    # nominal .95; three standard errors of 120 simulations are .06, and the percentile bootstrap may lose .03
+    assert np.mean(auc) > 0.86 and np.mean(tpr) > 0.86
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_p_values_are_uniform_under_the_null(blocks):
+    rng, p = np.random.default_rng(5), []
+    for i in range(200):
+        if blocks:  # frames of a block share a level: frame-level tests would reject far too often
+            groups = np.repeat(np.arange(40), 6)
+            score = rng.normal(size=40)[groups] + 0.5 * rng.normal(size=240)
+            p.append(metrics.evaluate(score, groups < 20, groups=groups, n_bootstrap=100, seed=i).p_value)
+        else:
+            score = np.round(rng.normal(size=240), 1)
+            p.append(metrics.evaluate(score, np.arange(240) % 4 == 0, n_bootstrap=2).p_value)
+    assert stats.kstest(p, "uniform").pvalue > 0.001
+    assert 0.005 <= np.mean(np.array(p) < 0.05) <= 0.11  # binomial band of 200 draws at .05, four standard errors
+
+
+def test_p_values_hold_for_cross_fitted_attackers_without_any_signal():
+    """Folds that share fit images scatter together; taken as independent they would reject about one time in six."""
+    rng, p, naive = np.random.default_rng(8), [], []
+    for i in range(200):
+        features, label = rng.normal(size=(320, 12)), rng.permutation(np.arange(320) % 5 == 0)
+        order = np.concatenate([rng.permutation(np.flatnonzero(label == c)) for c in (True, False)])
+        fold = np.empty(320, int)
+        fold[order] = np.arange(320) % 5
+        score = np.empty(320)
+        for f in range(5):
+            fit = fold != f
+            direction = features[fit & label].mean(0) - features[fit & ~label].mean(0)
+            score[fold == f] = features[fold == f] @ direction
+        p.append(metrics.evaluate(score, label, folds=fold, n_bootstrap=2).p_value)
+        aucs = [roc_auc_score(label[fold == f], score[fold == f]) for f in range(5)]
+        naive.append(abs(np.mean(aucs) - 0.5) / np.sqrt((65) / (12 * 13 * 51) / 5) > 1.96)
+    assert np.mean(naive) > 0.1
+    assert np.mean(np.array(p) < 0.05) <= 0.11 and np.mean(np.array(p) < 0.5) >= 0.25  # holds, and still sees something
+
+
+def test_blocks_widen_the_interval():
+    rng, groups = np.random.default_rng(0), np.repeat(np.arange(40), 8)
+    score = rng.normal(size=40)[groups] + 0.3 * rng.normal(size=320) + 0.5 * (groups < 20)
+    by_frame = metrics.evaluate(score, groups < 20, n_bootstrap=300)
+    by_block = metrics.evaluate(score, groups < 20, groups=groups, n_bootstrap=300)
+    assert by_block.auc == by_frame.auc and by_block.half_width > 2 * by_frame.half_width
+
+
+def test_threshold_numbers_by_hand():
+    score = np.array([3.0, 2.0, 1.0, 0.0, 2.5, 0.5, -1.0, -2.0, -3.0, -4.0])
+    got = metrics.evaluate(score, np.arange(10) < 4, threshold=2.0, n_bootstrap=10)  # tp 2, fp 1, fn 2, tn 5
+    assert (got.accuracy, got.precision, got.recall) == pytest.approx((0.7, 2 / 3, 0.5))
+    assert (got.balanced_accuracy, got.f1) == pytest.approx(((0.5 + 5 / 6) / 2, 4 / 7))
+    # Clopper-Pearson of 1 in 6 and 2 in 4 from beta quantiles
+    assert got.at_threshold["fpr"][1:] == pytest.approx((stats.beta.ppf(0.025, 1, 6), stats.beta.ppf(0.975, 2, 5)))
+    assert got.at_threshold["tpr"][1:] == pytest.approx((stats.beta.ppf(0.025, 2, 3), stats.beta.ppf(0.975, 3, 2)))
+    same = metrics.evaluate(score, np.arange(10) < 4, threshold=np.full(10, 2.0), n_bootstrap=10)
+    assert same.at_threshold == got.at_threshold
+    nobody = metrics.evaluate(score, np.arange(10) < 4, threshold=np.inf, n_bootstrap=10)
+    assert nobody.precision is None and nobody.recall == 0
+    assert metrics.evaluate(score, np.arange(10) < 4, n_bootstrap=10).accuracy is None
+
+
+def test_combine_of_one_seed_is_evaluate():
+    score, is_member = make_scores()
+    one = metrics.evaluate(score, is_member, threshold=0.5, n_bootstrap=100)
+    for entry in (one, {"score": score, "is_member": is_member, "threshold": 0.5}, (score, is_member, None, None, 0.5)):
+        got = metrics.combine([entry], n_bootstrap=100)
+        assert (got.auc_low, got.auc_high, got.tpr_at, got.f1, got.p_value) == (
+            one.auc_low,
+            one.auc_high,
+            one.tpr_at,
+            one.f1,
+            one.p_value,
+        )
+
+
+def test_combine_averages_seeds_and_resamples_them():
+    inputs = [make_scores(100, 300, shift=shift, seed=i) for i, shift in enumerate((0.6, 1.0, 1.4))]
+    each = [metrics.evaluate(*x, n_bootstrap=200) for x in inputs]
+    got = metrics.combine(each, n_bootstrap=500)
+    assert got.per_seed == pytest.approx([r.auc for r in each]) and got.n_seeds == 3
+    assert got.auc == pytest.approx(np.mean(got.per_seed)) and (got.n_members, got.n_nonmembers) == (100, 300)
+    # bootstrap over 3 seeds, then images: variance (sd_seeds^2 + mean within variance) / 3
+    within = np.mean([(r.half_width / 1.96) ** 2 for r in each])
+    expected = 1.96 * np.sqrt((np.var(got.per_seed) + within) / 3)
+    assert got.half_width == pytest.approx(expected, rel=0.2)
+    assert got.p_value < min(r.p_value for r in each)
+
+
+def test_combine_resamples_blocks_jointly():
+    # the same blocks in each seed, with the same level and side: three seeds are no more evidence than one
+    rng, groups = np.random.default_rng(1), np.repeat(np.arange(40), 6)
+    level = rng.normal(size=40)[groups]
+    parts = [
+        {"score": level + 0.01 * rng.normal(size=240), "is_member": groups < 20, "groups": groups} for _ in range(3)
+    ]
+    one, three = metrics.combine(parts[:1], n_bootstrap=400), metrics.combine(parts, n_bootstrap=400)
+    assert three.half_width > 0.8 * one.half_width
+    with pytest.raises(ValueError, match="for all results or for none"):
+        metrics.combine([parts[0], (level, groups < 20)])
+
+
+def test_holm_by_hand():
+    # 4 x .01 = .04, 3 x .02 = .06, 2 x .03 = .06, 1 x .04 -> .06 (never below its predecessor)
+    table = metrics.judge_controls({"c": 0.03, "a": 0.01, "none": None, "d": 0.04, "b": 0.02}, level=0.05)
+    assert list(table.control) == ["c", "a", "none", "d", "b"]
+    assert table.p_holm.tolist() == pytest.approx([0.06, 0.04, np.nan, 0.06, 0.06], nan_ok=True)
+    assert table.rejected.tolist() == [False, True, False, False, False]
+    with pytest.raises(ValueError, match="p-value in"):
+        metrics.judge_controls({"a": 1.2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0, np.nan], [True, False]), "finite scores"),
+        (([1.0, np.inf], [True, False]), "finite scores"),
+        (([1.0, 2.0], [True]), "one shape"),
+        (([[1.0], [2.0]], [[True], [False]]), "one shape"),
+        (([1.0, 2.0], [True, True]), "0 non-members"),
+        (([1.0, 2.0], [2, 0]), "bool or 0/1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        metrics.evaluate(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_fold_without_a_class_is_refused():
+    with pytest.raises(ValueError, match="in fold 1"):
+        metrics.evaluate([1.0, 2.0, 3.0, 4.0], [True, False, True, True], folds=[0, 0, 1, 1])
+
+
+def test_it_repeats_and_leaves_the_global_seed_alone():
+    score, is_member = make_scores()
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    one, two, other = (metrics.evaluate(score, is_member, n_bootstrap=50, seed=s) for s in (0, 0, 1))
+    assert (np.random.get_state()[1] == before).all()
+    assert (one.auc_low, one.tpr_at) == (two.auc_low, two.tpr_at) and one.auc_low != other.auc_low
+
+
+def test_it_is_fast():
+    score, is_member = make_scores(256, 3000)
+    start = time.process_time()
+    metrics.evaluate(score, is_member, folds=np.arange(3256) % 5)
+    assert time.process_time() - start < 3  # 0.3-0.6 s measured; the bound leaves room for a busy machine
