@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from mia_utils import paths
 
 # Raised when the result of a stage changes, so that old artifacts are not taken for new ones.
-RECIPES = {"scenes": 1, "encoder": 1, "features": 1, "scores": 1}
+RECIPES = {"scenes": 1, "encoder": 1, "features": 1, "scores": 2}
 
 
 def hash_spec(spec: dict[str, Any]) -> str:

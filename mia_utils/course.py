@@ -201,7 +201,6 @@ def _count_above(summary: pd.DataFrame) -> int:
     return int((summary.loc[kept, "auc_low"] > 0.5).sum())
 
 
-
 # ------------------------------------------------------------------------------------------------- package code
 
 

@@ -988,7 +988,8 @@ def _draw_losses(table):
         last = part.dropna(subset=["loss_members", "loss_heldout"]).iloc[-1]
         gaps[method] = 100 * (last["loss_heldout"] / last["loss_members"] - 1)
     widest = max(gaps, key=gaps.get)
-    text = f"At the end of training the loss of strangers is {gaps[widest]:.0f} % above that of members"
+    times = f"{gaps[widest]:.0f} % above" if gaps[widest] < 100 else f"{1 + gaps[widest] / 100:.0f} times"
+    text = f"At the end of training the loss of strangers is {times} that of members"
     plots.set_title(fig, text + (f" for {plots.label_of(widest)}, the widest gap" if len(gaps) > 1 else ""))
     return fig, table
 

@@ -327,6 +327,9 @@ def evaluate_blind(pool, rung: str, *, n_members: int, seed: int = 0) -> Result:
         raise ValueError(f"rung {rung!r} is about frames of one drive: data set {pool.name!r} has no groups")
     if rung == "iid-frames":
         pool = dataclasses.replace(pool, groups=None)
+    if rung == "released-split" and pool.groups is not None and pool.official_split is not None:
+        # the official border may cut a block: its two sides are different groups here
+        pool = dataclasses.replace(pool, groups=np.strings.add(pool.groups, np.strings.add("-", pool.official_split)))
     options = {"n_members": n_members, "n_shadow_members": 0, "n_shadow_nonmembers": 0, "seed": seed}
     options["rule"] = "official" if rung == "released-split" else "iid"
     for times in (3, 2, 1):
