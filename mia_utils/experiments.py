@@ -125,8 +125,8 @@ class Lab:
             figure: name of the figure that is drawn from it.
             epoch: attack the checkpoint of this epoch; None: the end of training.
             known_share: share of the fit images that the attacker knows.
-            n_nonmembers: report on so many of the split's strangers, drawn with its seed (sweeps: the members decide the
-                width of the interval, so 512 strangers cost a sixth and say nearly as much); None: all.
+            n_nonmembers: report on so many of the split's strangers, drawn with its seed; None: all. (In sweeps the
+                members decide the width of the interval, so 512 strangers cost a sixth and say nearly as much.)
             summary: whether it enters the summary table (sweeps do not).
             controls: run the three controls beside it.
             params: parameters of the attack.
@@ -189,7 +189,8 @@ class Lab:
         )
         facts = dict(model_id=model_id, method=row.method, arch=row.arch, dataset=row.dataset, seed=row.seed)
         facts |= dict(n_train=row.n_train, epochs=row.epochs, augmentation=row.augmentation, defense=row.defense)
-        facts |= dict(attack=attack, epoch=epoch, known_share=known_share, attacker="static", identity=identity)
+        facts |= dict(attack=attack, epoch=epoch, known_share=known_share, n_nonmembers=n_nonmembers)
+        facts |= dict(attacker="static", identity=identity)
         facts |= dict(shadow_method=self.profile.row(shadow).method if shadow else None, train_seconds=run.seconds)
         facts |= dict(utility=run.utility.get("probe"), utility_untrained=run.utility.get("probe_untrained"))
         facts |= dict(figures=[figure] if figure else [], summary=summary)

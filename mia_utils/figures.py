@@ -32,7 +32,8 @@ from mia_utils import metrics, paths, plots
 # differ in something not listed here are still told apart.
 _IDENTITY = (
     "attack", "control", "model", "method", "arch", "dataset", "protocol", "knowledge", "shadow_method", "epoch",
-    "n_train", "epochs", "augmentation", "attacker", "defense", "strength", "known_share", "rung", "params",
+    "n_train", "epochs", "augmentation", "attacker", "defense", "strength", "known_share", "n_nonmembers",
+    "rung", "params",
 )  # fmt: skip
 _ARCH_LABELS = (("vit", "ViT"), ("resnet", "ResNet"), ("swin", "Swin"), ("convnext", "ConvNeXt"))
 RUNGS = {
