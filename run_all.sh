@@ -50,7 +50,7 @@ install() { # runs under the lock that make_environment holds
   export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"
   "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check uv \
     || fail "pip could not install uv: is there a network, or a mirror in pip's configuration?"
-  VIRTUAL_ENV="$root/.venv" "$root/.venv/bin/python" -m uv pip sync --compile-bytecode --require-hashes "$root/requirements.lock" \
+  VIRTUAL_ENV="$root/.venv" "$root/.venv/bin/python" -m uv pip sync --quiet --compile-bytecode --require-hashes "$root/requirements.lock" \
     || fail "the packages of requirements.lock could not be installed (reason above); the same command tries again"
   "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$root" \
     || fail "the package could not be installed in .venv (reason above)"

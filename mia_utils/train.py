@@ -76,7 +76,9 @@ def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict
         parts = [encoder.embed(datasets.to_float(pool.images[chunk])).float().cpu() for chunk in _chunks(outside, 512)]
     vectors, labels = torch.cat(parts).numpy(), pool.labels[outside]
     knn = KNeighborsClassifier(min(20, n_fit), metric="cosine").fit(vectors[:n_fit], labels[:n_fit])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(vectors[:n_fit], labels[:n_fit])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(
+        vectors[:n_fit], labels[:n_fit]
+    )
     return {
         "knn": float(knn.score(vectors[n_fit:], labels[n_fit:])),
         "probe": float(probe.score(vectors[n_fit:], labels[n_fit:])),

@@ -77,7 +77,9 @@ def test_saved_weights_come_back_with_arch_and_method(tmp_path):
 
 def test_a_checkpoint_of_another_architecture_is_one_line(tmp_path):
     path = encoders.save(encoders.make("vit_nano_patch8_32"), tmp_path / "nano.safetensors")
-    with pytest.raises(ValueError, match=r"nano.safetensors does not fit vit_micro_patch8_32: .* expected .* got") as info:
+    with pytest.raises(
+        ValueError, match=r"nano.safetensors does not fit vit_micro_patch8_32: .* expected .* got"
+    ) as info:
         encoders.load(path, arch="vit_micro_patch8_32")
     assert "\n" not in str(info.value)
 

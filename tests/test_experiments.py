@@ -1,4 +1,4 @@
-"""The lab: scores are computed once, found again, redone when what they rest on changed, and replayed without models."""
+"""The lab: scores are computed once, found again, redone when what they rest on changed, replayed without models."""
 
 import shutil
 
@@ -13,9 +13,10 @@ first: mae-target-s0
 datasets: {scenes: {size: 32, n: 260}}
 split: {n_nonmembers: 100, n_shadow_nonmembers: 40}
 models:
-  - {id: mae-target-s0, role: target, method: mae, arch: vit_nano_patch8_32, dataset: scenes, n_train: 24, epochs: 4, seed: 0}
-  - {id: mae-shadow-s0, role: shadow, method: mae, arch: vit_nano_patch8_32, dataset: scenes, n_train: 24, epochs: 4, seed: 0}
-  - {id: simclr-shadow-s0, role: shadow, method: simclr, arch: vit_nano_patch8_32, dataset: scenes, n_train: 24, epochs: 2, augmentation: simclr-weak, seed: 0}
+  - &row
+    {id: mae-target-s0, role: target, method: mae, arch: vit_nano_patch8_32, dataset: scenes, n_train: 24, epochs: 4}
+  - {<<: *row, id: mae-shadow-s0, role: shadow}
+  - {<<: *row, id: simclr-shadow-s0, role: shadow, method: simclr, augmentation: simclr-weak, epochs: 2}
 """
 
 

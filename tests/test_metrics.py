@@ -126,7 +126,7 @@ def test_p_values_are_uniform_under_the_null(blocks):
 def test_p_values_hold_for_cross_fitted_attackers_without_any_signal():
     """Folds that share fit images scatter together; taken as independent they would reject about one time in six."""
     rng, p, naive = np.random.default_rng(8), [], []
-    for i in range(200):
+    for _ in range(200):
         features, label = rng.normal(size=(320, 12)), rng.permutation(np.arange(320) % 5 == 0)
         order = np.concatenate([rng.permutation(np.flatnonzero(label == c)) for c in (True, False)])
         fold = np.empty(320, int)

@@ -69,7 +69,8 @@ def test_a_run_echoes_findings_names_a_failure_and_goes_on(home):
 
 
 def test_after_kill_9_of_the_group_the_same_command_goes_on(home):
-    slow = "import time, pathlib\npathlib.Path('started').touch()\ntime.sleep(0 if pathlib.Path('go').exists() else 600)"
+    slow = "import time, pathlib\npathlib.Path('started').touch()\n"
+    slow += "time.sleep(0 if pathlib.Path('go').exists() else 600)"
     write_notebook(home / "notebooks/00_slow.ipynb", PARAMETERS, slow, "print('FINDING 00 through')")
     write_profile(home)
     command, environment = [str(ROOT / "run_all.sh"), "tiny"], {**os.environ, "MIA_PYTHON": sys.executable}

@@ -25,7 +25,7 @@ def register(name: str, method: type, *, lr: float, weight_decay: float, batch_s
 
     Args:
         name: how profiles call it.
-        method: ``nn.Module`` class with ``pooling``, ``backbone``, ``loss(images, *, augmentation, size, rng, progress)``
+        method: ``nn.Module`` with ``pooling``, ``backbone``, ``loss(images, *, augmentation, size, rng, progress)``
             and ``after_step(progress)``; see ``pretrain/simclr.py`` for the shortest one.
         lr, weight_decay, batch_size, augmentation: its defaults.
     """
@@ -58,7 +58,9 @@ def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None,
 
 def make_untrained(name: str, arch: str, *, seed: int = 0, **options) -> Encoder:
     """Make the untrained twin: the encoder exactly as this method would begin to train it."""
-    return from_module(build(name, arch, seed=seed, **options).backbone, arch=arch, method=name, name=f"untrained-{name}")
+    return from_module(
+        build(name, arch, seed=seed, **options).backbone, arch=arch, method=name, name=f"untrained-{name}"
+    )
 
 
 def derive_seed(seed: int, role: str) -> int:

@@ -61,7 +61,9 @@ class DINO(nn.Module):
         self.teacher_head.requires_grad_(False)
         self.criterion = DINOLoss(output_dim, teacher_temp=teacher_temperature, student_temp=student_temperature)
 
-    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float) -> Tensor:
+    def loss(
+        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
+    ) -> Tensor:
         """Cross-entropy between teacher (two global views) and student (all views) of a batch (B, 3, H, W) uint8."""
         settings = views.parse_augmentation(augmentation)
         local = {**settings, "scale": views.AUGMENTATIONS["dino-local"]["scale"]}

@@ -201,13 +201,17 @@ def fit(
     if supervised:
         if labels is None or len(labels) != len(images):
             raise ValueError(f"{method} needs labels for all {len(images)} images")
-        options.setdefault("n_classes", int(max(labels.max(), 0 if heldout_labels is None else heldout_labels.max())) + 1)
+        options.setdefault(
+            "n_classes", int(max(labels.max(), 0 if heldout_labels is None else heldout_labels.max())) + 1
+        )
     augmentation = augmentation or defaults["augmentation"]
     batch_size = min(batch_size or defaults["batch_size"], len(images))
     lr, weight_decay = lr or defaults["lr"], defaults["weight_decay"] if weight_decay is None else weight_decay
     kept = _pick_epochs(epochs, checkpoints)
     settings = dict(method=method, arch=arch, epochs=epochs, seed=seed, augmentation=augmentation, lr=lr)
-    settings |= dict(weight_decay=weight_decay, batch_size=batch_size, warmup=warmup, n_train=len(images), options=options)
+    settings |= dict(
+        weight_decay=weight_decay, batch_size=batch_size, warmup=warmup, n_train=len(images), options=options
+    )
 
     on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     accelerator = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -271,7 +275,9 @@ def fit(
     logged = set(np.unique(np.geomspace(1, epochs, 24).round().astype(int)).tolist()) | set(kept)
     if epoch == 0 and not history:
         record(0)
-    bar = tqdm(total=epochs, initial=epoch, unit="epoch", desc=method, disable=not progress or not fabric.is_global_zero)
+    bar = tqdm(
+        total=epochs, initial=epoch, unit="epoch", desc=method, disable=not progress or not fabric.is_global_zero
+    )
     while epoch < epochs:
         order = seeds.rng(seed, "train-order", epoch).permutation(len(images))
         for index in range(n_batches):

@@ -98,7 +98,9 @@ class MAE(nn.Module):
         full = full.scatter(1, keep.unsqueeze(-1).expand(-1, -1, visible.shape[-1]), visible)
         return self.decoder["predict"](decoder.decode(decoder.add_pos_embed(full)))[:, prefix:]
 
-    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float) -> Tensor:
+    def loss(
+        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
+    ) -> Tensor:
         """Mean squared error over the hidden patches of a batch (B, 3, H, W) uint8, pixels scaled to [-1, 1]."""
         x = views.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))
         x = (x - 0.5) / 0.5

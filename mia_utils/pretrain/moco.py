@@ -60,7 +60,9 @@ class MoCo(nn.Module):
         self.backbone_momentum = copy.deepcopy(backbone).requires_grad_(False)
         self.projector_momentum = copy.deepcopy(self.projector).requires_grad_(False)
 
-    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float) -> Tensor:
+    def loss(
+        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
+    ) -> Tensor:
         """Symmetrized contrast over two views of a batch (B, 3, H, W) uint8."""
         settings = views.parse_augmentation(augmentation)
         both = torch.cat([views.augment(images, size=size, rng=rng, **settings) for _ in range(2)])

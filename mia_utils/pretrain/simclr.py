@@ -45,7 +45,9 @@ class SimCLR(nn.Module):
         self.head = SimCLRProjectionHead(encoder.dim, hidden_dim, output_dim)
         self.criterion = NTXentLoss(temperature=temperature)
 
-    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float) -> Tensor:
+    def loss(
+        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
+    ) -> Tensor:
         """NT-Xent over two views of a batch (B, 3, H, W) uint8."""
         settings = views.parse_augmentation(augmentation)
         both = torch.cat([views.augment(images, size=size, rng=rng, **settings) for _ in range(2)])
