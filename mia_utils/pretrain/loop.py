@@ -51,30 +51,28 @@ class Run:
         """Epochs whose weights were kept, ascending."""
         return sorted(self.states)
 
-    def _build(self, epoch: int | None) -> nn.Module:
+    def _get_state(self, epoch: int | None) -> dict[str, Tensor]:
         epoch = self.checkpoints[-1] if epoch is None else epoch
         if epoch not in self.states:
             raise ValueError(f"no checkpoint of epoch {epoch}: kept are {', '.join(map(str, self.checkpoints))}")
-        options = self.settings.get("options", {})
-        method = pretrain.build(self.method, self.arch, seed=self.settings["seed"], **options)
-        missing, unexpected = method.load_state_dict(self.states[epoch], strict=False)
-        absent = [key for key in missing if key.startswith(("backbone.", "decoder."))]
-        if absent or unexpected:
-            raise ValueError(f"the weights of epoch {epoch} do not fit {self.method} on {self.arch}: {absent[:1]}")
-        return method.eval()
+        return self.states[epoch]
 
     def encoder_at(self, epoch: int | None = None) -> Encoder:
         """Return the encoder as it was after ``epoch`` (None: the end; 0: before training)."""
-        method = self._build(epoch)
+        state = self._get_state(epoch)
+        module = encoders.make_backbone(self.arch)
+        module.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")})
         name = self.method if epoch is None else f"{self.method}@{epoch}"
-        return encoders.from_module(
-            method.backbone, arch=self.arch, method=self.method, name=name, input_size=method.input_size
-        )
+        return encoders.from_module(module, arch=self.arch, method=self.method, name=name)
 
     def autoencoder_at(self, epoch: int | None = None) -> nn.Module | None:
         """Return encoder and decoder together (``reconstruct``), None where the method has no decoder."""
-        method = self._build(epoch)
-        return method if hasattr(method, "reconstruct") else None
+        state = self._get_state(epoch)
+        if not hasattr(pretrain.METHODS[self.method][0], "reconstruct"):
+            return None
+        method = pretrain.build(self.method, self.arch, seed=self.settings["seed"], **self.settings.get("options", {}))
+        method.load_state_dict(state, strict=False)  # the state holds all of backbone and decoder, nothing else
+        return method.eval()
 
     @property
     def encoder(self) -> Encoder:
