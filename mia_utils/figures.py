@@ -989,7 +989,8 @@ def _draw_losses(table):
         last = part.dropna(subset=["loss_members", "loss_heldout"]).iloc[-1]
         gaps[method] = 100 * (last["loss_heldout"] / last["loss_members"] - 1)
     widest = max(gaps, key=gaps.get)
-    times = f"{gaps[widest]:.0f} % above" if gaps[widest] < 100 else f"{1 + gaps[widest] / 100:.0f} times"
+    ratio = 1 + gaps[widest] / 100
+    times = f"{gaps[widest]:.0f} % above" if ratio < 2 else f"{ratio:.0f} times" if ratio < 100 else "over 100 times"
     text = f"At the end of training the loss of strangers is {times} that of members"
     plots.set_title(fig, text + (f" for {plots.label_of(widest)}, the widest gap" if len(gaps) > 1 else ""))
     return fig, table

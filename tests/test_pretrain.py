@@ -29,6 +29,14 @@ def test_a_method_lowers_its_loss_on_the_members(pictures, method, epochs):
     assert run.checkpoints[0] == 0 and run.checkpoints[-1] == epochs
 
 
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_before_training_members_and_strangers_have_the_same_loss(pictures, method):
+    """A contrastive loss grows with the batch: both sides must be measured on batches of one size."""
+    run = pretrain.fit(method, pictures[0][:32], heldout=pictures[0][32:], epochs=1, batch_size=16, **TINY)
+    first = run.history.iloc[0]
+    assert abs(first.loss_members - first.loss_heldout) < 0.15  # log(2) = 0.69 apart when one batch is twice the other
+
+
 def test_dino_moves_its_teacher_and_keeps_it(pictures):
     run = pretrain.fit("dino", pictures[0][:32], epochs=4, **TINY)
     start, end = run.encoder_at(0).module, run.encoder.module

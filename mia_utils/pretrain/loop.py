@@ -118,18 +118,23 @@ def _pick_epochs(epochs: int, checkpoints: Sequence[int] | None) -> list[int]:
     return sorted({0, *checkpoints, epochs})
 
 
-def _measure_loss(method: nn.Module, images: Tensor, labels: Tensor | None, size: int, augmentation: str) -> float:
-    """Mean loss in eval mode with views that are the same at every call."""
+def _measure_loss(
+    method: nn.Module, images: Tensor, labels: Tensor | None, size: int, augmentation: str, batch_size: int
+) -> float:
+    """Mean loss in eval mode with views that are the same at every call.
+
+    Members and strangers are cut into whole batches of one size: a contrastive loss grows with its batch.
+    """
     method.eval()
-    total, rng = 0.0, seeds.rng(0, "measure-loss")
+    losses, rng = [], seeds.rng(0, "measure-loss")
     with torch.no_grad():
-        for start in range(0, len(images), 256):
-            batch = images[start : start + 256]
-            extra = {} if labels is None else {"labels": labels[start : start + 256]}
+        for start in range(0, max(len(images) - batch_size, 0) + 1, batch_size):
+            batch = images[start : start + batch_size]
+            extra = {} if labels is None else {"labels": labels[start : start + batch_size]}
             loss = method.loss(batch, augmentation=augmentation, size=size, rng=rng, progress=1.0, **extra)
-            total += float(loss) * len(batch)
+            losses.append(float(loss))
     method.train()
-    return total / len(images)
+    return sum(losses) / len(losses)
 
 
 def fit(
@@ -251,9 +256,10 @@ def fit(
 
     def record(epoch: int) -> None:
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "seconds": spent + time.perf_counter() - began}
-        row["loss_members"] = _measure_loss(model, data, targets, size, augmentation)
+        n = batch_size if outside is None else min(batch_size, len(outside))
+        row["loss_members"] = _measure_loss(model, data, targets, size, augmentation, n)
         if outside is not None:
-            row["loss_heldout"] = _measure_loss(model, outside, outside_targets, size, augmentation)
+            row["loss_heldout"] = _measure_loss(model, outside, outside_targets, size, augmentation, n)
         if epoch in kept:
             states[epoch] = _export(model)
             if on_checkpoint is not None:
