@@ -161,10 +161,12 @@ class Lab:
             }
             | {"models": [folder.name for folder in folders.values()]}
         )
-        if path.is_file():
-            result = self._read(path)
-            if result.meta.get("identity") == identity and (not controls or result.controls):
-                return self._tag(result, path, figure, summary)
+        figures = {figure} - {None}
+        if path.is_file() and (saved := self._read(path)).meta.get("identity") == identity:
+            if not controls or saved.controls:
+                return self._tag(saved, path, figure, summary)
+            figures |= set(saved.meta["figures"])  # the same scores again, now with controls
+            summary = summary or saved.meta["summary"]
         run, pool = self.model(model_id), self.pool(row.dataset)
         split = Split.load(folders[model_id] / "split.npz")
         if shadow and Split.load(folders[shadow] / "split.npz").hash != split.hash:
@@ -193,7 +195,7 @@ class Lab:
         facts |= dict(attacker="static", identity=identity)
         facts |= dict(shadow_method=self.profile.row(shadow).method if shadow else None, train_seconds=run.seconds)
         facts |= dict(utility=run.utility.get("probe"), utility_untrained=run.utility.get("probe_untrained"))
-        facts |= dict(figures=[figure] if figure else [], summary=summary)
+        facts |= dict(figures=sorted(figures), summary=summary)
         for part in (result, *result.controls.values()):
             part.meta.update(facts)
         result.save(path)

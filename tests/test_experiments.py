@@ -70,6 +70,12 @@ def test_a_second_figure_is_noted_on_the_same_scores(lab):
     assert [len(lab.results(figure)) for figure in ("fig03_roc", "fig03_table", "other")] == [1, 1, 0]
 
 
+def test_controls_added_later_keep_the_figures_noted_before(lab):
+    lab.evaluate("partcrop", "mae-target-s0", figure="fig03_crop_number", controls=False, **FEW)
+    result = lab.evaluate("partcrop", "mae-target-s0", figure="fig03_mlp", **FEW)
+    assert result.controls and result.meta["figures"] == ["fig03_crop_number", "fig03_mlp"]
+
+
 def test_scores_of_a_replaced_model_are_computed_again(lab, monkeypatch):
     lab.evaluate("partcrop", "mae-target-s0", **FEW)
     old = lab.results()[0].meta["identity"]
