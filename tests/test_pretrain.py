@@ -34,7 +34,8 @@ def test_before_training_members_and_strangers_have_the_same_loss(pictures, meth
     """A contrastive loss grows with the batch: both sides must be measured on batches of one size."""
     run = pretrain.fit(method, pictures[0][:32], heldout=pictures[0][32:], epochs=1, batch_size=16, **TINY)
     first = run.history.iloc[0]
-    assert abs(first.loss_members - first.loss_heldout) < 0.15  # log(2) = 0.69 apart when one batch is twice the other
+    # few random pictures scatter by 0.2; batches of which one is twice the other lie log(2) = 0.69 apart
+    assert abs(first.loss_members - first.loss_heldout) < 0.4
 
 
 def test_dino_moves_its_teacher_and_keeps_it(pictures):
