@@ -847,7 +847,12 @@ def _draw_transfer(lab):
         for what, v in (("the same method", same), ("another method", cross))
         if v
     ]
-    plots.set_title(fig, "Mean AUC with a shadow of " + ", of ".join(parts))
+    text = "Mean AUC with a shadow of " + ", of ".join(parts)
+    lowest = min(entries, key=lambda e: e.metrics.auc)
+    if lowest.metrics.auc_high < 0.5:  # it sees the members and takes them for strangers
+        shadow, target = (plots.label_of(lowest.meta[key]) for key in ("shadow_method", "method"))
+        text += f"; from {shadow} to {target} the ranking turns around ({plots.format_value(lowest.metrics.auc)})"
+    plots.set_title(fig, text)
     return fig, table
 
 
