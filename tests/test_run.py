@@ -145,6 +145,7 @@ def test_too_little_space_is_refused_with_both_numbers(home):
 def test_a_missing_data_set_skips_its_rows_only(home):
     rows = [ROW.format(id="here", dataset="scenes"), ROW.format(id="lost", dataset="tiny_imagenet")]
     write_profile(home, "datasets: {scenes: {n: 3500}, tiny_imagenet: {}}", rows=rows)
+    (home / "notebooks").mkdir()  # none: the project's own ask for their own rows
     done = call("tiny", "--plan")
     assert done.returncode == 0, done.stderr
     expected = f"skipped: tiny_imagenet, no folder {home / 'data/raw/tiny-imagenet-200'} and no cache"
