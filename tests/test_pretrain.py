@@ -74,6 +74,12 @@ def test_the_same_seed_repeats_and_the_global_state_is_left_alone(pictures):
     assert not torch.equal(runs[0].states[2][key], runs[2].states[2][key])
 
 
+def test_drop_path_repeats_with_the_seed_too(pictures):
+    settings = dict(arch="swin_thin_32", epochs=1, progress=False)
+    first, again = (pretrain.fit("simclr", pictures[0][:16], **settings).states[1] for _ in range(2))
+    assert all(torch.equal(first[key], again[key]) for key in first)  # timm's Swin drops paths by default
+
+
 def test_a_run_is_saved_and_read_with_every_checkpoint(pictures, tmp_path):
     run = pretrain.fit("mae", pictures[0][:16], epochs=4, checkpoints=[1, 2], **TINY)
     again = pretrain.Run.load(run.save(tmp_path), settings=run.settings)

@@ -275,6 +275,7 @@ def fit(
         torch.save(content, temporary)
         os.replace(temporary, resume_path)
 
+    cuda = [fabric.device.index] if fabric.device.type == "cuda" else []
     began = last_saved = time.perf_counter()
     logged = set(np.unique(np.geomspace(1, epochs, 24).round().astype(int)).tolist()) | set(kept)
     if epoch == 0 and not history:
@@ -290,9 +291,11 @@ def fit(
             batch = np.array_split(batch, fabric.world_size)[fabric.global_rank]
             rng = seeds.rng(seed, "train-views", step, fabric.global_rank)
             extra = {} if targets is None else {"labels": targets[batch]}
-            loss = wrapped.loss(
-                data[batch], augmentation=augmentation, size=size, rng=rng, progress=step / n_steps, **extra
-            )
+            with torch.random.fork_rng(devices=cuda):  # dropout and drop-path draw from the global state: lend them one
+                torch.manual_seed(seeds.derive(seed, "train-dropout", step, fabric.global_rank))
+                loss = wrapped.loss(
+                    data[batch], augmentation=augmentation, size=size, rng=rng, progress=step / n_steps, **extra
+                )
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(loss)
             if "clip" in defaults:
