@@ -17,16 +17,27 @@ def pictures():
     return made["images"], made["labels"]
 
 
-@pytest.mark.parametrize(("method", "epochs"), [("mae", 40), ("simclr", 15), ("moco", 40), ("supervised", 25)])
+QUEUE = {"moco-v1": {"queue_size": 8}, "moco-v2": {"queue_size": 8}}  # options of methods that need some
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs"), [("mae", 40), ("simclr", 15), ("moco", 40), ("supervised", 25)]
+)
 def test_a_method_lowers_its_loss_on_the_members(pictures, method, epochs):
     images, labels = pictures
-    run = pretrain.fit(
-        method, images[:32], labels=labels[:32], heldout=images[64:], heldout_labels=labels[64:], epochs=epochs, **TINY
-    )
+    outside = dict(heldout=images[64:], heldout_labels=labels[64:])
+    run = pretrain.fit(method, images[:32], labels=labels[:32], epochs=epochs, **outside, **TINY)
     first, last = run.history.iloc[0], run.history.iloc[-1]
     assert last.loss_members < 0.9 * first.loss_members
     assert np.isfinite(run.history.loss_heldout).all()
     assert run.checkpoints[0] == 0 and run.checkpoints[-1] == epochs
+
+
+def test_moco_with_a_queue_lowers_its_loss_once_the_queue_holds_keys(pictures):
+    settings = dict(arch="resnet_thin_32", epochs=25, batch_size=16, queue_size=8, progress=False)
+    loss = pretrain.fit("moco-v2", pictures[0][:32], **settings).history.loss_members
+    assert loss.iloc[0] < 0.01 < loss.max()  # a queue of random keys is easily told from, one of real keys is not
+    assert loss.iloc[-1] < 0.8 * loss.max()
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco"])
@@ -45,15 +56,54 @@ def test_dino_moves_its_teacher_and_keeps_it(pictures):
     assert np.isfinite(run.history.loss_members).all()
 
 
-@pytest.mark.parametrize("method", ["mae", "dino", "moco"])
-def test_a_killed_training_resumes_to_the_same_weights(pictures, tmp_path, method):
-    fit = lambda **extra: pretrain.fit(method, pictures[0][:24], epochs=6, batch_size=8, **TINY, **extra)  # noqa: E731
+@pytest.mark.parametrize(
+    ("method", "arch"),
+    [("mae", "vit_nano_patch8_32"), ("dino", "vit_nano_patch8_32"), ("moco", "vit_nano_patch8_32")]
+    + [("moco-v2", "vit_nano_patch8_32"), ("moco-v1", "resnet_thin_32")],
+)
+def test_a_killed_training_resumes_to_the_same_weights(pictures, tmp_path, method, arch):
+    """Also what is no weight: the queue of keys, batch norm's statistics, the momentum encoder."""
+    settings = dict(arch=arch, epochs=6, batch_size=8, progress=False, **QUEUE.get(method, {}))
+    fit = lambda **extra: pretrain.fit(method, pictures[0][:24], **settings, **extra)  # noqa: E731
     whole = fit()
     fit(resume_path=tmp_path / "resume.pt", stop_after=7)  # ends in the middle, after three epochs
     resumed = fit(resume_path=tmp_path / "resume.pt")
     for key, value in whole.states[6].items():
         assert torch.equal(value, resumed.states[6][key]), key
     assert whole.history.drop(columns="seconds").equals(resumed.history.drop(columns="seconds"))
+
+
+def test_the_queue_holds_the_latest_keys_and_never_an_image_s_own(pictures):
+    method = pretrain.build("moco-v2", "vit_nano_patch8_32", queue_size=12).train()
+    images = torch.from_numpy(pictures[0][:32]).permute(0, 3, 1, 2)
+    before = method.queue.clone()
+    settings = dict(augmentation="flip", size=32, progress=0.0)
+    for step, rows in enumerate((slice(0, 8), slice(8, 16))):
+        method.loss(images[rows], rng=np.random.default_rng(step), **settings)
+    assert int(method.oldest) == 4  # 16 keys in 12 places
+    assert not torch.equal(method.queue, before)
+    assert torch.allclose(method.queue.norm(dim=1), torch.ones(12), atol=1e-5)
+    queue = method.queue.clone()
+    method.eval().loss(images[:8], rng=np.random.default_rng(0), **settings)
+    assert torch.equal(queue, method.queue)  # measuring a loss leaves the queue as it was
+
+
+def test_the_queue_s_loss_is_the_cross_entropy_of_key_against_queue(pictures):
+    method = pretrain.build("moco-v2", "vit_nano_patch8_32", queue_size=5, temperature=0.5).eval()
+    images = torch.from_numpy(pictures[0][:3]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        loss = method.loss(images, augmentation="none", size=32, rng=np.random.default_rng(0), progress=0.0)
+        vector = method.projector(method._read(2 * images.float() / 255 - 1)[1].mean(1))
+    expected = []
+    for row in (vector / vector.norm(dim=1, keepdim=True)).double():
+        positive, negatives = 1 / 0.5, [float(row @ key.double()) / 0.5 for key in method.queue]  # view and key agree
+        expected.append(-positive + np.log(np.exp(positive) + np.exp(negatives).sum()))
+    assert float(loss) == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_a_queue_longer_than_half_the_images_is_refused(pictures):
+    with pytest.raises(ValueError, match="queue_size up to half of the 16 images, got 64"):
+        pretrain.fit("moco-v2", pictures[0][:16], epochs=1, **TINY)
 
 
 def test_a_resume_state_of_other_settings_is_not_used(pictures, tmp_path):

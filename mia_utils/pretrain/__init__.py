@@ -15,6 +15,8 @@ METHODS: dict[str, tuple[type, dict]] = {
     "mae": (mae.MAE, mae.DEFAULTS),
     "dino": (dino.DINO, dino.DEFAULTS),
     "moco": (moco.MoCo, moco.DEFAULTS),
+    "moco-v1": (moco.MoCoV1, moco.DEFAULTS),
+    "moco-v2": (moco.MoCoV2, moco.DEFAULTS),
     "simclr": (simclr.SimCLR, simclr.DEFAULTS),
     "supervised": (supervised.Supervised, supervised.DEFAULTS),
 }

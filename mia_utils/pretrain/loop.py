@@ -220,6 +220,10 @@ def fit(
     accelerator = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fabric = Fabric(accelerator=accelerator, devices="auto" if on_torchrun else 1, precision=precision)
     model = pretrain.build(method, arch, seed=seed, **options)
+    if getattr(model, "queue_size", 0) > len(images) // 2:
+        raise ValueError(f"expected queue_size up to half of the {len(images)} images, got {model.queue_size}")
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        model.to(memory_format=torch.channels_last)  # convolutional networks train half as fast again on a CPU
     size = model.input_size
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in trained if p.ndim > 1]

@@ -1,7 +1,9 @@
-"""MoCo v3: a query encoder predicts the momentum encoder's key of another view, against the batch.
+"""MoCo: the query of one view finds the momentum encoder's key of another view of the same image.
 
-Source: Chen, Xie, He 2021 (arXiv 2104.02057), Algorithm 1; heads and momentum update from lightly. The loss is ours:
-lightly has none for v3.
+v3 contrasts within the batch (Chen, Xie, He 2021, arXiv 2104.02057, Algorithm 1); v1 (He et al. 2020, arXiv
+1911.05722) and v2 (Chen et al. 2020, arXiv 2003.04297: a hidden layer in the head) against a queue of earlier keys,
+on any backbone: the targets of the EncoderMI paper. Heads and momentum update from lightly. Losses and queue are ours:
+lightly has no loss for v3, and its queue is no part of a model's state, so that a resumed training would start anew.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from mia_utils import views
+from mia_utils.encoders import from_module
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="simclr-weak")
 
@@ -78,3 +81,75 @@ class MoCo(nn.Module):
         m = cosine_schedule(round(progress * 10_000), 10_001, self.momentum, 1.0)
         update_momentum(self.backbone, self.backbone_momentum, m)
         update_momentum(self.projector, self.projector_momentum, m)
+
+
+class MoCoV2(nn.Module):
+    """MoCo v2 with its queue, over any timm backbone; the mean over tokens is the trained vector.
+
+    Keys and queries pass batch norm apart, each with statistics of its own batch; the papers' shuffling over devices
+    needs several of them.
+
+    Args:
+        backbone: timm module.
+        input_size: image side in pixels.
+        temperature: paper: 0.07 (v1), 0.2 (v2); EncoderMI's target: 0.1.
+        momentum: of the key encoder, constant (EncoderMI's target: 0.99).
+        queue_size: keys of earlier batches (EncoderMI's target: 4,096 for 10,000 images). At most half the training
+            images, or an image often meets its own last key as a negative.
+        output_dim: of the head (paper: 128).
+    """
+
+    pooling = "mean"
+    hidden_layers = 1
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        input_size: int,
+        temperature: float = 0.1,
+        momentum: float = 0.99,
+        queue_size: int = 64,
+        output_dim: int = 128,
+    ):
+        super().__init__()
+        self.backbone, self.temperature, self.momentum, self.queue_size = backbone, temperature, momentum, queue_size
+        self.backbone_momentum = copy.deepcopy(backbone).requires_grad_(False)
+        self._read, self._read_key = (
+            from_module(module, arch="resnet_32" if input_size <= 64 else "resnet")._forward
+            for module in (self.backbone, self.backbone_momentum)
+        )
+        with torch.no_grad():
+            dim = self._read(torch.zeros(1, 3, input_size, input_size))[1].shape[-1]
+        layers = [m for _ in range(self.hidden_layers) for m in (nn.Linear(dim, dim), nn.ReLU())]
+        self.projector = nn.Sequential(*layers, nn.Linear(dim, output_dim))
+        self.projector_momentum = copy.deepcopy(self.projector).requires_grad_(False)
+        self.register_buffer("queue", normalize(torch.randn(queue_size, output_dim), dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
+
+    def loss(
+        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
+    ) -> Tensor:
+        """InfoNCE of a batch (B, 3, H, W) uint8: its own key against the queue, which then takes the new keys."""
+        settings = views.parse_augmentation(augmentation)
+        one, two = (2 * views.augment(images, size=size, rng=rng, **settings) - 1 for _ in range(2))
+        query = normalize(self.projector(self._read(one)[1].mean(1)).float(), dim=1)
+        with torch.no_grad():
+            key = normalize(self.projector_momentum(self._read_key(two)[1].mean(1)).float(), dim=1)
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.clone().T], dim=1)
+        if self.training:
+            slots = (self.oldest + torch.arange(len(key), device=key.device)) % self.queue_size
+            self.queue[slots[-self.queue_size :]] = key[-self.queue_size :]
+            self.oldest.copy_((self.oldest + len(key)) % self.queue_size)
+        return cross_entropy(logits / self.temperature, torch.zeros(len(query), dtype=torch.long, device=key.device))
+
+    def after_step(self, progress: float) -> None:
+        """Move the momentum encoder."""
+        update_momentum(self.backbone, self.backbone_momentum, self.momentum)
+        update_momentum(self.projector, self.projector_momentum, self.momentum)
+
+
+class MoCoV1(MoCoV2):
+    """MoCo v1: as v2, with a linear head."""
+
+    hidden_layers = 0
