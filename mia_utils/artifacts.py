@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from mia_utils import paths
 
 # Raised when the result of a stage changes, so that old artifacts are not taken for new ones.
-RECIPES = {"scenes": 1, "encoder": 1, "features": 1, "scores": 2}
+RECIPES = {"scenes": 1, "encoder": 1, "decoder": 1, "features": 1, "scores": 2}
 
 
 def hash_spec(spec: dict[str, Any]) -> str:
@@ -147,12 +147,15 @@ def fingerprint_data(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         folder = Path(name[7:]).expanduser()
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
         return known | {"content": hash_spec({str(path.relative_to(folder)): path.stat().st_size for path in files})}
-    candidates = sorted(paths.get_raw_dir().glob(f"{name}*.npz"))
-    for path in candidates:
+    source, size = name.partition("@")[0], arguments.get("size")  # NAME@SPACE: the same file, other labels
+    pair = [size, size] if isinstance(size, int) else size
+    wanted = [f"{source}-{pair[0]}x{pair[1]}.npz"] if pair else []
+    wanted = [paths.get_raw_dir() / file for file in (*wanted, f"{source}.npz")]
+    for path in [*wanted, *sorted(paths.get_raw_dir().glob(f"{source}-*.npz"))]:
         try:
             with zipfile.ZipFile(path) as archive:
                 sums = {info.filename: info.CRC for info in archive.infolist()}
         except (OSError, zipfile.BadZipFile):
-            continue
+            continue  # not there, or damaged
         return known | {"content": hash_spec(sums)}
     return known | {"content": None}

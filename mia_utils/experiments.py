@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from mia_utils import artifacts, attacks, paths, profiles, seeds, train
-from mia_utils.attacks import Result
+from mia_utils import artifacts, attacks, paths, profiles, seeds, splits, train
+from mia_utils.attacks import Result, mim
 from mia_utils.datasets import Pool
 from mia_utils.pretrain import Run
 from mia_utils.profiles import Profile, Row
 from mia_utils.splits import Split
+
+DECODER_IMAGES, DECODER_EPOCHS = 512, 200  # of a decoder that the attacker trains himself
 
 
 def open(profile: str, *, replay: bool = False) -> Lab:  # noqa: A001 - experiments.open is the public name
@@ -57,7 +58,8 @@ class Lab:
         row = self.profile.row(model_id)
         wanted = dict(role="shadow", dataset=row.dataset, n_train=row.n_train, seed=row.seed, defense=row.defense)
         found = self.rows(**wanted, method=method or row.method)
-        found.sort(key=lambda shadow: shadow.arch != row.arch)  # the same architecture first
+        # the same architecture first, and the plain recipe before its variants
+        found.sort(key=lambda shadow: (shadow.arch != row.arch, shadow.study not in ("main", row.study)))
         return found[0].id if found else None
 
     def pool(self, dataset: str) -> Pool:
@@ -110,6 +112,8 @@ class Lab:
         epoch: int | None = None,
         known_share: float = 1.0,
         n_nonmembers: int | None = None,
+        reference: str | None = None,
+        decoder: str = "own",
         summary: bool = True,
         controls: bool = True,
         **params: Any,
@@ -120,13 +124,17 @@ class Lab:
             attack: registered name.
             model_id: the target's row.
             knowledge: ``"partial"`` or ``"shadow"`` (then P, E, T are told from the two rows).
-            shadow: id of the shadow's row; None with shadow knowledge: ``shadow_of(model_id)``.
+            shadow: id of the shadow's row; None with shadow knowledge: ``shadow_of(model_id)``. A shadow of another
+                data set brings its own pictures: the attacker learns from those.
             protocol: see ``attacks.evaluate``.
             figure: name of the figure that is drawn from it.
             epoch: attack the checkpoint of this epoch; None: the end of training.
             known_share: share of the fit images that the attacker knows.
             n_nonmembers: report on so many of the split's strangers, drawn with its seed; None: all. (In sweeps the
                 members decide the width of the interval, so 512 strangers cost a sixth and say nearly as much.)
+            reference: id of a row of role ``reference``, for attacks that calibrate by its answers.
+            decoder: for attacks that ask for reconstructions: the model's ``"own"`` decoder, or one that the
+                ``"attacker"`` trains over the frozen encoder on images outside all roles (``Split.reference``).
             summary: whether it enters the summary table (sweeps do not).
             controls: run the three controls beside it.
             params: parameters of the attack.
@@ -141,16 +149,19 @@ class Lab:
                 raise ValueError(
                     f"profile {self.profile_name} has no shadow for {model_id}: add a row with role shadow"
                 )
-            other = self.profile.row(shadow)
-            same = [row.dataset == other.dataset, row.arch == other.arch, row.method == other.method]
-            knowledge = "shadow:" + "".join(letter if ok else "-" for letter, ok in zip("PET", same, strict=True))
+            knowledge = "shadow:" + self._compare(row, self.profile.row(shadow))
         logical = dict(attack=attack, model_id=model_id, knowledge=knowledge, shadow=shadow, protocol=protocol)
         logical |= dict(epoch=epoch, known_share=known_share, n_nonmembers=n_nonmembers, params=params)
+        if reference is not None:
+            logical["reference"] = reference
+        if decoder != "own":
+            logical["decoder"] = decoder
         label = "-".join(filter(None, [attack, model_id, knowledge.replace(":", "-"), protocol[:8]]))
         path = paths.get_scores_dir(self.profile_name) / f"{label}-{artifacts.hash_spec(logical)}.npz"
         if self.replay:
             return self._read(path)
-        folders = {model_id: self._folder(model_id)} | ({shadow: self._folder(shadow)} if shadow else {})
+        used = [name for name in (model_id, shadow, reference) if name]
+        folders = {name: self._folder(name) for name in used}
         identity = artifacts.hash_spec(
             logical
             | {
@@ -169,19 +180,25 @@ class Lab:
             summary = summary or saved.meta["summary"]
         run, pool = self.model(model_id), self.pool(row.dataset)
         split = Split.load(folders[model_id] / "split.npz")
-        if shadow and Split.load(folders[shadow] / "split.npz").hash != split.hash:
+        other = Split.load(folders[shadow] / "split.npz") if shadow else split
+        from_elsewhere = shadow is not None and self.profile.row(shadow).dataset != row.dataset
+        if other.hash != split.hash and not from_elsewhere:
             raise ValueError(f"{shadow} was trained on another split than {model_id}: train both rows again")
         if n_nonmembers is not None and n_nonmembers < len(split.target_nonmembers):
             order = seeds.rng(split.seed, "fewer-strangers").permutation(split.target_nonmembers)
             split = dataclasses.replace(split, target_nonmembers=np.sort(order[:n_nonmembers]))
+        if from_elsewhere:
+            pool, split = splits.join(pool, split, self.pool(self.profile.row(shadow).dataset), other)
+        ask = functools.partial(self._get_model, attack, decoder=decoder)
         result = attacks.evaluate(
             attack,
-            run.encoder_at(epoch),
+            ask(model_id, epoch),
             pool,
             split,
             knowledge=knowledge,
-            shadow=self.model(shadow).encoder if shadow else None,
-            untrained=run.encoder_at(0) if controls else None,
+            shadow=ask(shadow, None) if shadow else None,
+            reference=ask(reference, None) if reference else None,
+            untrained=ask(model_id, 0) if controls else None,
             protocol=protocol,
             seed=row.seed,
             cache=_cache_features,
@@ -192,14 +209,59 @@ class Lab:
         facts = dict(model_id=model_id, method=row.method, arch=row.arch, dataset=row.dataset, seed=row.seed)
         facts |= dict(n_train=row.n_train, epochs=row.epochs, augmentation=row.augmentation, defense=row.defense)
         facts |= dict(attack=attack, epoch=epoch, known_share=known_share, n_nonmembers=n_nonmembers)
-        facts |= dict(attacker="static", identity=identity)
+        facts |= dict(attacker="static", identity=identity, shadow=shadow, reference=reference, decoder=decoder)
         facts |= dict(shadow_method=self.profile.row(shadow).method if shadow else None, train_seconds=run.seconds)
-        facts |= dict(utility=run.utility.get("probe"), utility_untrained=run.utility.get("probe_untrained"))
+        facts |= dict(
+            utility=run.utility.get("probe", run.utility.get("miou")),
+            utility_untrained=run.utility.get("probe_untrained"),
+        )
         facts |= dict(figures=sorted(figures), summary=summary)
         for part in (result, *result.controls.values()):
             part.meta.update(facts)
         result.save(path)
         return self._remember(path, result)
+
+    def _compare(self, row: Row, shadow: Row) -> str:
+        """Which of pre-training data, encoder and training a shadow shares with its target, as ``"PE-"``."""
+        recipe = [
+            {**r.options, "checkpoints": None, "method": r.method, "augmentation": r.augmentation}
+            for r in (row, shadow)
+        ]
+        same = [row.dataset == shadow.dataset, row.arch == shadow.arch, recipe[0] == recipe[1]]
+        return "".join(letter if ok else "-" for letter, ok in zip("PET", same, strict=True))
+
+    def _get_model(self, attack: str, model_id: str, epoch: int | None, *, decoder: str) -> Any:
+        """Return a row's model as an attack asks for it: the encoder, or encoder and decoder together."""
+        run = self.model(model_id)
+        if attack not in attacks.ATTACKS or "reconstruct" not in attacks.ATTACKS[attack].needs:
+            return run.encoder_at(epoch)
+        if decoder not in ("own", "attacker"):
+            raise ValueError(f"expected decoder 'own' or 'attacker', got {decoder!r}")
+        model = run.autoencoder_at(epoch) if decoder == "own" else self._attach_decoder(model_id, epoch)
+        if model is None:
+            raise ValueError(
+                f"{model_id} ({run.method}) has no decoder: let the attacker train one, decoder='attacker'"
+            )
+        return model
+
+    def _attach_decoder(self, model_id: str, epoch: int | None):
+        """Return a row's frozen encoder with a decoder that the attacker trained on data of his own, kept on disk."""
+        row, run, folder = self.profile.row(model_id), self.model(model_id), self._folder(model_id)
+        epoch = run.checkpoints[-1] if epoch is None else epoch
+        split = Split.load(folder / "split.npz")
+        n_images = min(DECODER_IMAGES, len(split.utility))
+        recipe = dict(n_images=n_images, epochs=min(DECODER_EPOCHS, row.epochs))
+        spec = {"kind": "decoder", "readable": f"{model_id}-e{epoch}", "recipe": artifacts.RECIPES["decoder"], **recipe}
+        spec |= {"model": folder.name, "epoch": epoch}
+
+        def make(into: Path) -> dict:
+            images = self.pool(row.dataset).images[split.reference(n_images)]
+            options = dict(epochs=recipe["epochs"], seed=row.seed, checkpoints=[])
+            made = mim.train_decoder(run.encoder_at(epoch), images, **options)
+            made.save(into)
+            return {"settings": made.settings, "train_seconds": round(made.seconds, 2)}
+
+        return train.load_run(artifacts.load_or_make(spec, make)).decoder
 
     def evaluate_blind(
         self, dataset: str, rung: str, *, n_members: int, seed: int = 0, figure: str | None = "fig02_blind_ladder"

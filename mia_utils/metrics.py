@@ -217,6 +217,98 @@ def _get_p(name: str, value: Any) -> float:
     return p
 
 
+@dataclass(frozen=True)
+class SetTest:
+    """Whether a set of pictures scores higher than reference pictures; see :func:`test_set`.
+
+    Attributes:
+        p_value: permutation p-value, at least 1 / (1 + n_permutations).
+        auc: chance that a picture of mine outranks a reference picture (ties count half): the statistic, rescaled.
+        difference: mean score of mine minus mean score of the reference, for reading; not tested.
+        n_mine, n_reference: pictures.
+        n_permutations: draws asked for; where fewer divisions of the pictures exist, all of them are counted.
+        alternative: ``"greater"``, ``"less"`` or ``"two-sided"``.
+    """
+
+    p_value: float
+    auc: float
+    difference: float
+    n_mine: int
+    n_reference: int
+    n_permutations: int
+    alternative: str
+
+    def __str__(self) -> str:
+        side = {"greater": "mine higher", "less": "mine lower", "two-sided": "two-sided"}[self.alternative]
+        return (
+            f"{self.n_mine} pictures against {self.n_reference} reference pictures: AUC {self.auc:.2f}, "
+            f"p = {self.p_value:.2g} ({side}) if the two sets are exchangeable"
+        )
+
+
+def test_set(
+    score_mine: np.ndarray,
+    score_reference: np.ndarray,
+    *,
+    n_permutations: int = 10_000,
+    seed: int = 0,
+    alternative: str = "greater",
+) -> SetTest:
+    """Test a whole set: were my fifty pictures used?
+
+    H0: my pictures and the reference pictures are exchangeable, as if one pile had been divided at random. It is
+    rejected by membership, but also by *any* other difference between the two sets: first let the no-model control
+    (:mod:`mia_utils.attacks.controls`) look for one, or use :mod:`mia_utils.audit`, which does.
+
+    The statistic is the rank sum (Mann-Whitney), the AUC of the rest of this module: unlike a difference of means it
+    does not hang on the scale of the score or on one picture with an extreme one. p = (1 + permutations at least as
+    extreme) / (1 + permutations): exact for any number of pictures and with ties (Phipson and Smyth, 2010). The score
+    must not come from an attacker fitted to these labels.
+
+    Args:
+        score_mine: (n,) float, higher = more likely a member.
+        score_reference: (m,) float, of pictures that were surely not used but are otherwise alike.
+        n_permutations: random divisions.
+        seed: seed of the private stream.
+        alternative: ``"greater"``: mine score higher.
+
+    Returns:
+        ``SetTest``.
+
+    Raises:
+        ValueError: a set is empty or a score not finite, an unknown alternative, no permutation.
+    """
+    mine, reference = (np.asarray(s, dtype=np.float64) for s in (score_mine, score_reference))
+    for name, s in (("score_mine", mine), ("score_reference", reference)):
+        if s.ndim != 1 or not len(s):
+            raise ValueError(f"expected {name} of shape (n,) with at least one picture, got {s.shape}")
+        if bad := int((~np.isfinite(s)).sum()):
+            raise ValueError(f"expected finite {name}, got {bad} NaN or infinite of {len(s)}")
+    if alternative not in ("greater", "less", "two-sided") or n_permutations < 1:
+        given = f"{alternative!r} and {n_permutations}"
+        raise ValueError(f"expected alternative 'greater', 'less' or 'two-sided' and n_permutations >= 1, got {given}")
+    rank = stats.rankdata(np.concatenate([mine, reference]))
+    test = stats.permutation_test(
+        (rank[: len(mine)], rank[len(mine) :]),
+        lambda x, y, axis: x.sum(axis=axis),  # halves of integers: sums are exact, ties compare equal
+        n_resamples=n_permutations,
+        alternative=alternative,
+        vectorized=True,
+        batch=max(1, _CHUNK // len(rank)),
+        rng=seeds.rng(seed, "metrics.test_set"),
+    )
+    smallest = len(mine) * (len(mine) + 1) / 2
+    return SetTest(
+        p_value=float(test.pvalue),
+        auc=float((rank[: len(mine)].sum() - smallest) / (len(mine) * len(reference))),
+        difference=float(mine.mean() - reference.mean()),
+        n_mine=len(mine),
+        n_reference=len(reference),
+        n_permutations=n_permutations,
+        alternative=alternative,
+    )
+
+
 # --- input -----------------------------------------------------------------------------------------------------------
 
 

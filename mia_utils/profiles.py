@@ -18,13 +18,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mia_utils import paths
 
-METHODS = ("mae", "dino", "moco", "simclr", "supervised")
+METHODS = ("mae", "simmim", "dino", "moco", "moco-v1", "moco-v2", "simclr", "supervised")
+SEGMENTERS = ("unet", "upernet", "pspnet", "deeplabv3plus")  # their arch is the encoder
+METHODS += SEGMENTERS
 AUGMENTATIONS = ("none", "flip", "crop", "crop-weak", "simclr", "simclr-weak", "dino")
 DEFENSES = ("none",)
 
 # Training images per second of one CPU thread with vit_micro_patch8_32, to tell a newcomer the minutes before they
 # start. Measured seconds replace the estimate as soon as an artifact exists.
-IMAGES_PER_SECOND = {"mae": 1400.0, "simclr": 350.0, "dino": 230.0, "moco": 350.0, "supervised": 1100.0}
+IMAGES_PER_SECOND = {
+    "mae": 1400.0,
+    "simmim": 700.0,
+    "simclr": 350.0,
+    "dino": 230.0,
+    "moco": 350.0,
+    "supervised": 1100.0,
+}
+IMAGES_PER_SECOND |= {"moco-v1": 450.0, "moco-v2": 450.0}
+IMAGES_PER_SECOND |= {"unet": 400.0, "upernet": 200.0, "pspnet": 800.0, "deeplabv3plus": 400.0}  # at 32 x 32
 # Cost of one image relative to vit_micro_patch8_32, and millions of parameters (weights on disk, per checkpoint).
 ARCH_COST = {
     "vit_nano_patch8_32": (0.35, 0.12),
@@ -34,6 +45,7 @@ ARCH_COST = {
     "swin_thin_32": (2.0, 0.5),
     "vit_small_patch8_32": (20.0, 21.4),
     "resnet18_32": (35.0, 11.2),
+    "mobilenet_v2": (1.0, 6.6),
 }
 START_SECONDS = 6.0  # imports of one process
 CHECKPOINTS = 8  # kept along one training, the decoder and the resume state included
@@ -51,6 +63,8 @@ class Row(_Strict):
     Attributes:
         id: name of the model, unique in its profile.
         role: ``target``, ``shadow`` or ``reference``; a target and its shadow share the split (n_train and seed).
+        study: which question asks for the row: ``main`` rows are attacked throughout the book, the others by the
+            notebook of their study (``mim``, ``encodermi`` ...). No part of what the model is.
         n_train: number of members, the only images the model is trained on.
         options: keyword arguments of the training method.
     """
@@ -65,6 +79,7 @@ class Row(_Strict):
     augmentation: str = "none"
     defense: Literal[DEFENSES] = "none"
     seed: int = Field(default=0, ge=0)
+    study: str = "main"
     options: dict[str, Any] = {}
 
     @field_validator("augmentation")
@@ -87,6 +102,7 @@ class Profile(_Strict):
         train_jobs: pack all rows into at most this many processes; ``None`` gives each row a process of its own.
         datasets: arguments of ``datasets.load`` for each data set.
         split: arguments of ``splits.draw``.
+        splits: what differs from them for single data sets, data set -> argument -> value.
         models: the rows.
         notebooks: parameter overrides, notebook name -> parameter -> value.
         needs: rows that a notebook waits for, notebook name -> row field -> accepted values; not named: all rows
@@ -102,6 +118,7 @@ class Profile(_Strict):
     train_jobs: int | None = Field(default=None, gt=0)
     datasets: dict[str, dict[str, Any]] = {}
     split: dict[str, int] = {}
+    splits: dict[str, dict[str, int]] = {}
     models: list[Row] = []
     notebooks: dict[str, dict[str, Any]] = {}
     needs: dict[str, dict[str, list[str | int]]] = {}
@@ -119,6 +136,10 @@ class Profile(_Strict):
         ids = [row.id for row in self.models]
         close = difflib.get_close_matches(str(model_id), ids, n=3, cutoff=0.4) or ids[:3]
         raise ValueError(f"profile {self.name} has no model {model_id!r}; close: {', '.join(close) or 'it has none'}")
+
+    def get_split(self, dataset: str) -> dict[str, int]:
+        """Return the arguments of ``splits.draw`` for a data set (the number of members is the row's)."""
+        return {**self.split, **self.splits.get(dataset, {})}
 
     def rows_needed(self, notebook: str) -> list[Row]:
         """Return the rows a notebook (``"03_partcrop"``) waits for."""
@@ -218,7 +239,7 @@ def _check_enough_images(profile: Profile, row: Row, source: str) -> None:
     available = profile.datasets[row.dataset].get("n")
     if not isinstance(available, int):
         return
-    split = profile.split
+    split = profile.get_split(row.dataset)
     needed = row.n_train + split.get("n_nonmembers", 3000)
     needed += split.get("n_shadow_members", row.n_train) + split.get("n_shadow_nonmembers", 0)
     if needed > available:
@@ -370,9 +391,16 @@ def _name_type(default: Any) -> str:
 # --- what it will cost ----------------------------------------------------------------------------------------------
 
 
-def estimate_seconds(row: Row) -> float:
-    """Estimate the seconds of one CPU thread that a row's training takes (imports apart)."""
+def estimate_seconds(row: Row, profile: Profile | None = None) -> float:
+    """Estimate the seconds of one CPU thread that a row's training takes (imports apart).
+
+    Encoders see pictures at their own size; a segmenter at the size that the profile loads them with.
+    """
     cost, _ = ARCH_COST.get(row.arch, (20.0, 20.0))
+    if row.method in SEGMENTERS and profile is not None:
+        size = profile.datasets[row.dataset].get("size") or 32
+        height, width = (size, size) if isinstance(size, int) else size
+        cost *= height * width / 32**2
     return row.n_train * row.epochs * cost / IMAGES_PER_SECOND[row.method]
 
 

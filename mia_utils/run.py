@@ -38,7 +38,7 @@ USAGE = """usage: ./run_all.sh [PROFILE] [00 .. 08] [--plan] [--strict] [-- ENGI
   lab               JupyterLab on notebooks/"""
 
 GENERATED = ("scenes", "scenes-night", "scenes-sketch")
-DOWNLOADED = ("cifar10", "cifar100", "stl10")
+DOWNLOADED = ("cifar10", "cifar100", "stl10", "camvid", "oxford_pets")
 FOLDERS = {"tiny_imagenet": "tiny-imagenet-200"}  # what the unpacked archive is called, where not as the data set
 NOTEBOOK_SECONDS = 60.0
 SPARE_BYTES = 300e6  # scores, figures, executed notebooks and one half-written artifact
@@ -74,7 +74,7 @@ class Plan:
         for part in (meta or {}, (meta or {}).get("provenance") or {}):
             if isinstance(part.get("seconds"), (int, float)):
                 return float(part["seconds"])
-        return profiles.estimate_seconds(row)
+        return profiles.estimate_seconds(row, self.profile)
 
     def get_notebook_seconds(self, name: str) -> float:
         """Seconds of a notebook: as measured in the last run here, else as the profile says."""
@@ -86,7 +86,7 @@ class Plan:
     @property
     def minutes(self) -> float:
         """Wall-clock minutes of what is left to do, all workers busy."""
-        work = sum(profiles.estimate_seconds(row) for row in self.missing) + sum(
+        work = sum(profiles.estimate_seconds(row, self.profile) for row in self.missing) + sum(
             map(self.get_notebook_seconds, self.notebooks)
         )
         starts = profiles.START_SECONDS * (len(self.train_jobs()) + len(self.notebooks))
@@ -104,7 +104,7 @@ class Plan:
             return {f"train-{row.id}": [row] for row in self.missing}
         packs: list[list[Row]] = [[] for _ in range(limit)]
         for row in self.missing:
-            min(packs, key=lambda pack: sum(map(profiles.estimate_seconds, pack))).append(row)
+            min(packs, key=lambda pack: sum(profiles.estimate_seconds(row, self.profile) for row in pack)).append(row)
         return {f"train-batch-{i}": pack for i, pack in enumerate(packs, 1) if pack}
 
     def to_json(self, run: str) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def find_missing_datasets(profile: Profile) -> dict[str, str]:
     raw = paths.get_raw_dir()
     missing = {}
     for name in profile.datasets:
-        if name in GENERATED + DOWNLOADED:
+        if name.partition("@")[0] in GENERATED + DOWNLOADED:
             continue
         if name.startswith("folder:"):
             if not Path(name.removeprefix("folder:")).expanduser().is_dir():
@@ -265,7 +265,8 @@ def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = Fals
             plan.done[row.id] = folder
     plan.missing.sort(key=lambda row: row.id != profile.first)
     for dataset in {row.dataset: None for row in plan.missing}:
-        if dataset in DOWNLOADED and not (paths.get_raw_dir() / f"{dataset}.npz").is_file():
+        source, raw = dataset.partition("@")[0], paths.get_raw_dir()
+        if source in DOWNLOADED and not (raw / f"{source}.npz").is_file() and not any(raw.glob(f"{source}-*.npz")):
             plan.fetch.append(dataset)
     return plan
 

@@ -7,6 +7,7 @@ attacker's knowledge which images fit it, which choose its epoch and which repor
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import tempfile
@@ -208,6 +209,22 @@ class Split:
         _assert_disjoint(roles, by_block=by_block)
         return roles
 
+    def reference(self, n: int) -> np.ndarray:
+        """Draw images outside all four roles: the attacker's own data, for reference models and decoders of his.
+
+        Args:
+            n: number of images; smaller draws are contained in larger ones.
+
+        Returns:
+            (n,) int64 positions in the pool, a part of ``utility``.
+
+        Raises:
+            ValueError: fewer images are left.
+        """
+        if not 0 < n <= len(self.utility):
+            raise ValueError(f"expected 1 to {len(self.utility)} reference images (those in no role), got {n}")
+        return seeds.rng(self.seed, "splits.reference").permutation(self.utility)[:n]
+
     def save(self, path: str | Path) -> None:
         """Write the split as npz, under a temporary name first.
 
@@ -261,6 +278,60 @@ class Split:
         if found != stored:
             raise ValueError(f"{path}: its hash is {found}, expected {stored}: the file was changed, draw it again")
         return split
+
+
+def join(pool: Pool, split: Split, other: Pool, other_split: Split) -> tuple[Pool, Split]:
+    """Join a target's images with a shadow's from another data set, for an attacker who does not know the first.
+
+    Args:
+        pool, split: of the target; its target roles are kept, its shadow roles dropped.
+        other, other_split: of the shadow; its shadow roles are kept. Ids get the other pool's name in front.
+
+    Returns:
+        pool of the images in use, split of it (without utility images).
+
+    Raises:
+        ValueError: the two have images of different sizes. One line.
+    """
+    if pool.images.shape[1:] != other.images.shape[1:]:
+        raise ValueError(
+            f"expected both data sets with images of one size, got {pool.name!r} {pool.images.shape[1:3]} and "
+            f"{other.name!r} {other.images.shape[1:3]}: load one of them at the other's size"
+        )
+    parts = [split.target_members, split.target_nonmembers, other_split.shadow_members, other_split.shadow_nonmembers]
+    ends = np.cumsum([len(part) for part in parts])
+    mine, theirs = np.concatenate(parts[:2]), np.concatenate(parts[2:])
+    labels = np.concatenate([pool.labels[mine], other.labels[theirs] + len(pool.class_names)])
+    strata = np.concatenate([split.strata[mine], other_split.strata[theirs] + split.strata.max() + 1])
+    groups = None
+    if pool.groups is not None or other.groups is not None:  # single images are groups of their own
+        sides = [p.image_ids if p.groups is None else p.groups for p in (pool, other)]
+        groups = np.concatenate([sides[0][mine], np.strings.add(f"{other.name}:", sides[1][theirs])])
+    joint = dataclasses.replace(
+        pool,
+        name=f"{pool.name}+{other.name}",
+        images=np.concatenate([pool.images[mine], other.images[theirs]]),
+        labels=labels,
+        image_ids=np.concatenate([pool.image_ids[mine], np.strings.add(f"{other.name}:", other.image_ids[theirs])]),
+        official_split=None,
+        class_names=(*pool.class_names, *(f"{other.name}:{name}" for name in other.class_names)),
+        masks=None
+        if pool.masks is None or other.masks is None
+        else np.concatenate([pool.masks[mine], other.masks[theirs]]),
+        groups=groups,
+        part_boxes=None,
+        part_names=None,
+    )
+    roles = dict(zip(ROLES, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
+    return joint, Split(
+        **roles,
+        utility=np.zeros(0, np.int64),
+        seed=split.seed,
+        pool_name=joint.name,
+        pool_hash=joint.hash,
+        strata=strata,
+        groups=groups,
+    )
 
 
 def draw(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mia_utils import artifacts, profiles
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mia_utils.datasets import Pool
     from mia_utils.pretrain import Run
     from mia_utils.profiles import Profile, Row
@@ -31,7 +33,7 @@ def spec_of(profile: Profile, row: Row) -> dict[str, Any]:
         "readable": f"{row.method}-{row.role}-{row.dataset.split(':')[0]}-n{row.n_train}-s{row.seed}",
         "recipe": artifacts.RECIPES["encoder"],
         "data": artifacts.fingerprint_data(row.dataset, profile.datasets.get(row.dataset, {})),
-        "split": dict(profile.split),
+        "split": profile.get_split(row.dataset),
         **{key: getattr(row, key) for key in keys},
     }
 
@@ -47,7 +49,7 @@ def draw_split(profile: Profile, row: Row, pool: Pool) -> Split:
     """Draw the split of a row; a target and its shadow (same n_train and seed) share it."""
     from mia_utils import splits
 
-    return splits.draw(pool, n_members=row.n_train, seed=row.seed, **profile.split)
+    return splits.draw(pool, n_members=row.n_train, seed=row.seed, **profile.get_split(row.dataset))
 
 
 def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict[str, float]:
@@ -85,6 +87,22 @@ def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict
     }
 
 
+def measure_segmenter(segmenter, pool: Pool, members: np.ndarray, strangers: np.ndarray) -> dict[str, float]:
+    """Measure mIoU and pixel accuracy on strangers, and mIoU on members (the gap is what leaks)."""
+    from mia_utils.segmenters import measure_iou
+
+    outside = measure_iou(segmenter, pool.images[strangers], pool.masks[strangers])
+    inside = measure_iou(segmenter, pool.images[members], pool.masks[members])
+    return {"miou": outside["miou"], "pixel_accuracy": outside["pixel_accuracy"], "miou_members": inside["miou"]}
+
+
+def get_sides(row: Row, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images that train a row, and the strangers of its role; positions in the pool."""
+    if row.role == "reference":
+        return split.reference(row.n_train), split.shadow_nonmembers
+    return getattr(split, f"{row.role}_members"), getattr(split, f"{row.role}_nonmembers")
+
+
 def _chunks(index, size: int):
     return (index[start : start + size] for start in range(0, len(index), size))
 
@@ -95,24 +113,35 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
     found = artifacts.find(spec)
     if found:
         return found
-    from mia_utils import pretrain
+    from mia_utils import pretrain, segmenters
 
     pool = load_pool(profile, row.dataset)
     split = draw_split(profile, row, pool)
-    members = split.target_members if row.role == "target" else split.shadow_members
-    strangers = (split.target_nonmembers if row.role == "target" else split.shadow_nonmembers)[:HELDOUT_IMAGES]
+    members, strangers = get_sides(row, split)
+    strangers = strangers[:HELDOUT_IMAGES]
 
     def make(folder: Path) -> dict[str, Any]:
         def measure(epoch: int, encoder) -> dict[str, float]:
-            return measure_utility(encoder, pool, split) if epoch in (0, row.epochs) else {}
+            # a reference row trains on images that measure the utility of others
+            ends = (0, row.epochs) if row.role != "reference" else ()
+            if segmenting:
+                return measure_segmenter(encoder, pool, members, strangers)
+            return measure_utility(encoder, pool, split) if epoch in ends else {}
 
-        options = {"n_classes": len(pool.class_names)} if row.method == "supervised" else {}
+        segmenting = row.method in segmenters.METHODS
+        targets, options = pool.labels, {}
+        if segmenting:
+            if pool.masks is None:
+                raise ValueError(f"model {row.id}: {row.method} needs label maps, data set {pool.name!r} has none")
+            targets, options = pool.masks, {"n_classes": len(pool.mask_class_names or pool.class_names)}
+        elif row.method == "supervised":
+            options = {"n_classes": len(pool.class_names)}
         run = pretrain.fit(
             row.method,
             pool.images[members],
-            labels=pool.labels[members],
+            labels=targets[members],
             heldout=pool.images[strangers],
-            heldout_labels=pool.labels[strangers],
+            heldout_labels=targets[strangers],
             arch=row.arch,
             epochs=row.epochs,
             seed=pretrain.derive_seed(row.seed, row.role),
@@ -129,6 +158,8 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
         if "knn" in run.history:
             first, last = run.history.iloc[0], run.history.iloc[-1]
             ends = {"knn": last.knn, "probe": last.probe, "knn_untrained": first.knn, "probe_untrained": first.probe}
+        if "miou" in run.history:
+            ends = {key: run.history[key].dropna().iloc[-1] for key in ("miou", "miou_members", "pixel_accuracy")}
         return {"settings": run.settings, "train_seconds": round(run.seconds, 2), "utility": ends, "id": row.id}
 
     return artifacts.load_or_make(spec, make)

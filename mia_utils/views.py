@@ -19,14 +19,29 @@ from mia_utils import seeds
 def _draw_boxes(
     rng: np.random.Generator, n: int, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> np.ndarray:
-    """Draw n boxes by torchvision's RandomResizedCrop rule: ten tries, then the central crop."""
-    area = height * width * rng.uniform(scale[0], scale[1], (n, 10))
-    aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10)))
+    """Draw n boxes: the order of the draws is fixed, because resumed trainings repeat it."""
+    share = rng.uniform(scale[0], scale[1], (n, 10))
+    log_ratio = rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10))
+    return _place_boxes(share, log_ratio, rng.random((n, 2)), height, width, ratio)
+
+
+def _place_boxes(
+    share: np.ndarray, log_ratio: np.ndarray, shift: np.ndarray, height: int, width: int, ratio: Sequence[float]
+) -> np.ndarray:
+    """Place boxes by torchvision's RandomResizedCrop rule: the first of ten tries that fits, or the central crop.
+
+    Args:
+        share, log_ratio: (n, 10) area as a share of the image's, and log of width / height, of each try.
+        shift: (n, 2) place of the box from top (left) 0 to bottom (right) 1.
+
+    Returns:
+        (n, 4) int64 top, left, height, width.
+    """
+    area, aspect = height * width * share, np.exp(log_ratio)
     w, h = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.argmax(axis=1)
     w, h = np.take_along_axis(w, first[:, None], 1)[:, 0], np.take_along_axis(h, first[:, None], 1)[:, 0]
-    shift = rng.random((n, 2))
     none = ~fits.any(axis=1)
     if none.any():
         in_ratio = width / height
@@ -183,6 +198,9 @@ def parse_augmentation(name: str) -> dict:
     raise ValueError(f"unknown augmentation {name!r}: expected one of {', '.join(AUGMENTATIONS)} or crop:LOW-HIGH")
 
 
+_N_CHANCES = 11  # uniform numbers per view; see _apply
+
+
 def _jitter(x: Tensor, u: Tensor, strength: float = 0.4) -> Tensor:
     """Brightness, contrast, saturation (x strength) and hue (+-0.1 turn), one set of factors per image."""
     factor = 1 + strength * (2 * u[:, :3] - 1)
@@ -228,17 +246,95 @@ def augment(
         (B, 3, size, size) float32 in [0, 1].
     """
     b, _, height, width = images.shape
-    chance = torch.from_numpy(rng.random((b, 11), dtype=np.float32)).to(images.device)
-    mirrored = chance[:, 0] < flip
+    chance = torch.from_numpy(rng.random((b, 1, _N_CHANCES), dtype=np.float32)).to(images.device)
+    boxes = None
     if scale is not None:
         boxes = torch.from_numpy(_draw_boxes(rng, b, height, width, scale, (3 / 4, 4 / 3)))[:, None]
-        x = resized_crop(images, boxes, size, flips=mirrored[:, None], rounded=False)[:, 0]
-    elif size != height or size != width:
-        x = resized_crop(images, torch.tensor([0, 0, height, width]).repeat(b, 1, 1), size, rounded=False)[:, 0]
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return _apply(images, boxes, chance, size=size, flip=flip, jitter=jitter, gray=gray, blur=blur, solarize=solarize)
+
+
+def query_views(
+    images: Tensor,
+    image_ids: Sequence[str],
+    n: int,
+    *,
+    augmentation: str = "simclr",
+    size: int,
+    seed: int,
+    stream: str = "encodermi",
+) -> Tensor:
+    """Make n augmented query views of every image: :func:`augment`, drawn from a stream keyed by the image alone.
+
+    The first views are the same whatever n is, and views of different augmentations share their draws (a crop of
+    ``"simclr"`` lies where that of ``"crop"`` lies), so that sweeps over both are paired.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        image_ids: N ids; an image gets the same views in any batch and any order.
+        n: views per image (K).
+        augmentation: name of :func:`parse_augmentation`.
+        size: side of the output in pixels.
+        seed, stream: base seed and stream name.
+
+    Returns:
+        (N, n, 3, size, size) float32 in [0, 1], not rounded to 1/255 (as in training).
+
+    Raises:
+        ValueError: an unknown augmentation, n < 1, images that are not (N, 3, H, W) uint8, or another number of ids.
+    """
+    settings = dict(parse_augmentation(augmentation))
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(f"expected images (N, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
+    if n < 1 or len(image_ids) != len(images):
+        raise ValueError(f"expected n >= 1 and {len(images)} image ids, got n={n} and {len(image_ids)} ids")
+    height, width = images.shape[2:]
+    draws = np.empty((len(images), n, _N_CHANCES + 22))  # one row a view, so fewer views are the first rows
+    for row, image_id in zip(draws, image_ids, strict=True):
+        seeds.rng(seed, stream, image_id).random(out=row)
+    chance = torch.from_numpy(draws[..., :_N_CHANCES].astype(np.float32)).to(images.device)
+    scale, ratio, boxes = settings.pop("scale", None), (3 / 4, 4 / 3), None
+    if scale is not None:
+        low, high = math.log(ratio[0]), math.log(ratio[1])
+        share, log_ratio, shift = np.split(draws[..., _N_CHANCES:].reshape(-1, 22), (10, 20), axis=1)
+        share, log_ratio = scale[0] + (scale[1] - scale[0]) * share, low + (high - low) * log_ratio
+        boxes = torch.from_numpy(_place_boxes(share, log_ratio, shift, height, width, ratio)).reshape(-1, n, 4)
+    return _apply(images, boxes, chance, size=size, **settings).unflatten(0, (len(images), n))
+
+
+def _apply(
+    images: Tensor,
+    boxes: Tensor | None,
+    chance: Tensor,
+    *,
+    size: int,
+    flip: float = 0.0,
+    jitter: float = 0.0,
+    gray: float = 0.0,
+    blur: float = 0.0,
+    solarize: float = 0.0,
+) -> Tensor:
+    """Apply draws to a batch: K views of each of B images, in the order of the images.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        boxes: (B, K, 4) crops; None: the whole image.
+        chance: (B, K, 11) uniform in [0, 1): flip, jitter, its 4 factors, gray, blur, its width, solarize, unused.
+
+    Returns:
+        (B K, 3, size, size) float32 in [0, 1].
+    """
+    (b, _, height, width), k = images.shape, chance.shape[1]
+    mirrored = chance[:, :, 0] < flip
+    if boxes is not None:
+        x = resized_crop(images, boxes, size, flips=mirrored, rounded=False).flatten(0, 1)
     else:
-        x = images.float().div_(255.0)
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        if size != height or size != width:
+            x = resized_crop(images, torch.tensor([0, 0, height, width]).repeat(b, 1, 1), size, rounded=False)[:, 0]
+        else:
+            x = images.float().div_(255.0)
+        x = x[:, None].expand(-1, k, -1, -1, -1).flatten(0, 1)
+        x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(3), x)
+    chance = chance.flatten(0, 1)
     if jitter:
         x = torch.where((chance[:, 1] < jitter)[:, None, None, None], _jitter(x, chance[:, 2:6]), x)
     if gray:

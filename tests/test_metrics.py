@@ -245,3 +245,60 @@ def test_it_repeats_and_leaves_the_global_seed_alone():
     one, two, other = (metrics.evaluate(score, is_member, n_bootstrap=50, seed=s) for s in (0, 0, 1))
     assert (np.random.get_state()[1] == before).all()
     assert (one.auc_low, one.tpr_at) == (two.auc_low, two.tpr_at) and one.auc_low != other.auc_low
+
+
+# --- whole sets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("digits", [None, 0])
+def test_set_p_values_are_uniform_under_the_null(digits):
+    rng, p = np.random.default_rng(3), []
+    for i in range(200):
+        score = rng.normal(size=60)
+        score = score if digits is None else np.round(score, digits)  # seven values for sixty pictures: many ties
+        p.append(metrics.test_set(score[:20], score[20:], n_permutations=199, seed=i).p_value)
+    p = np.array(p)
+    if digits is None:
+        assert stats.kstest(p, "uniform").pvalue > 0.01
+    assert np.mean(p <= 0.05) < 0.1 and p.min() >= 1 / 200  # nominal .05, three standard errors of 200 draws .046
+
+
+def test_a_set_that_scores_higher_gets_a_small_p_and_the_same_scores_the_other_way_round_a_large_one():
+    rng = np.random.default_rng(0)
+    mine, reference = rng.normal(size=50) + 0.8, rng.normal(size=500)
+    got = metrics.test_set(mine, reference, n_permutations=999)
+    assert got.p_value == 1 / 1000 and (got.n_mine, got.n_reference) == (50, 500)
+    assert got.auc == pytest.approx(roc_auc_score(np.arange(550) < 50, np.r_[mine, reference]))
+    assert got.difference == pytest.approx(mine.mean() - reference.mean())
+    assert metrics.test_set(mine, reference, n_permutations=999, alternative="less").p_value == 1
+    back = metrics.test_set(reference, mine, n_permutations=999, alternative="less")
+    assert back.p_value == 1 / 1000 and back.auc == pytest.approx(1 - got.auc)
+    assert metrics.test_set(mine, reference, n_permutations=999, alternative="two-sided").p_value <= 2 / 1000
+    assert "AUC 0.7" in str(got) and "p = 0.001" in str(got) and "exchangeable" in str(got)
+
+
+def test_a_set_test_is_exact_on_few_pictures_repeats_and_sees_only_the_order():
+    assert metrics.test_set([3.0, 4], [1.0, 2, 0]).p_value == pytest.approx(1 / 10)  # one division of ten
+    assert metrics.test_set([1.0, 1], [1.0, 1, 1]).p_value == 1
+    rng = np.random.default_rng(0)
+    mine, reference = rng.normal(size=15) + 0.3, rng.normal(size=40)
+    got = metrics.test_set(mine, reference, n_permutations=500, seed=1)
+    assert got == metrics.test_set(mine, reference, n_permutations=500, seed=1)
+    bent = metrics.test_set(np.exp(5 * mine), np.exp(5 * reference), n_permutations=500, seed=1)
+    assert bent.p_value == got.p_value and bent.auc == got.auc
+
+
+@pytest.mark.parametrize(
+    ("mine", "reference", "options", "message"),
+    [
+        ([], [1.0], {}, r"score_mine of shape \(n,\) with at least one picture"),
+        ([1.0], [[1.0]], {}, r"score_reference of shape \(n,\)"),
+        ([1.0, np.nan], [1.0], {}, "finite score_mine, got 1 NaN or infinite of 2"),
+        ([1.0], [1.0], {"alternative": "bigger"}, "got 'bigger'"),
+        ([1.0], [1.0], {"n_permutations": 0}, "n_permutations >= 1"),
+    ],
+)
+def test_bad_sets_are_one_line(mine, reference, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        metrics.test_set(mine, reference, **options)
+    assert "\n" not in str(error.value)

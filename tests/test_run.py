@@ -193,7 +193,7 @@ def test_smoke_packs_its_rows_into_two_processes_of_like_length():
     packs = list(plan.train_jobs().values())
     assert len(packs) == 2
     assert sorted(row.id for pack in packs for row in pack) == sorted(row.id for row in profile.models)
-    lengths = [sum(map(profiles.estimate_seconds, pack)) for pack in packs]
+    lengths = [sum(profiles.estimate_seconds(row, plan.profile) for row in pack) for pack in packs]
     assert max(lengths) <= 2 * min(lengths)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -428,3 +430,41 @@ def test_a_pool_of_scenes_is_split_end_to_end(tmp_path):
     pool = datasets.load("scenes", tmp_path, n=60, size=16)
     split = draw(pool, n_members=12, n_nonmembers=24, n_shadow_nonmembers=12)
     assert len(split.roles("partial")) == 36 and len(split.roles("shadow:PET")) == 60
+
+
+# ---------------------------------------------------------------------------------------- reference and joint data
+
+
+def test_reference_images_play_no_role_and_smaller_draws_are_contained():
+    pool = make_pool(300)
+    split = splits.draw(pool, n_members=10, n_nonmembers=20, seed=3)
+    small, large = split.reference(5), split.reference(15)
+    assert np.array_equal(small, large[:5]) and len(set(large)) == 15
+    used = np.concatenate([getattr(split, role) for role in splits.ROLES])
+    assert not set(large) & set(used)
+    with pytest.raises(ValueError, match=r"expected 1 to \d+ reference images"):
+        split.reference(len(split.utility) + 1)
+
+
+def test_joining_keeps_the_target_and_takes_the_other_shadow():
+    pool = make_pool(300)
+    other = dataclasses.replace(pool, name="other", images=pool.images[:, ::-1].copy())
+    mine, theirs = (splits.draw(p, n_members=10, n_nonmembers=20, seed=3) for p in (pool, other))
+    joint, split = splits.join(pool, mine, other, theirs)
+    split.check_pool(joint)
+    assert np.array_equal(joint.images[split.target_members], pool.images[mine.target_members])
+    assert np.array_equal(joint.image_ids[split.target_nonmembers], pool.image_ids[mine.target_nonmembers])
+    assert np.array_equal(joint.images[split.shadow_members], other.images[theirs.shadow_members])
+    assert all(i.startswith("other:") for i in joint.image_ids[split.shadow_nonmembers])
+    roles = split.roles("shadow:-ET")
+    fit, validation, report = roles.folds[0]
+    assert set(roles.source[fit]) == set(roles.source[validation]) == {"shadow"}
+    assert set(roles.source[report]) == {"target"} and len(report) == 30
+
+
+def test_joining_refuses_other_sizes():
+    pool = make_pool(300)
+    other = dataclasses.replace(pool, name="other", images=pool.images[:, :-1])
+    mine, theirs = (splits.draw(p, n_members=10, n_nonmembers=20, seed=3) for p in (pool, other))
+    with pytest.raises(ValueError, match="images of one size"):
+        splits.join(pool, mine, other, theirs)

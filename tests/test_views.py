@@ -91,6 +91,96 @@ def test_gray_images_stay_gray_under_hue(images):
     assert (out.amax(1) - out.amin(1)).max() < 1e-5  # a rotation around the gray axis leaves it in place
 
 
+def make_query_views(images, ids=IDS, n=4, *, augmentation="simclr", size=32, seed=1):
+    return views.query_views(images, ids, n, augmentation=augmentation, size=size, seed=seed)
+
+
+@pytest.mark.parametrize("name", [*views.AUGMENTATIONS, "crop:0.3-0.9"])
+def test_query_views_depend_on_the_image_alone(images, name):
+    together = make_query_views(images, augmentation=name)
+    assert together.shape == (12, 4, 3, 32, 32) and together.min() >= 0 and together.max() <= 1
+    # another batch sums the resampling in another order: far below one level of 1/255
+    alone = torch.cat([make_query_views(images[i : i + 1], IDS[i : i + 1], augmentation=name) for i in range(12)])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+    turned = make_query_views(images.flip(0), IDS[::-1], augmentation=name)
+    torch.testing.assert_close(turned.flip(0), together, rtol=0, atol=1e-5)
+    assert torch.equal(make_query_views(images, augmentation=name), together)
+    assert torch.equal(make_query_views(images, augmentation=name, seed=2), together) == (name == "none")
+
+
+def test_fewer_query_views_are_the_first_of_more(images):
+    many = make_query_views(images, n=30)
+    for n in (1, 2, 10):
+        torch.testing.assert_close(make_query_views(images, n=n), many[:, :n], rtol=0, atol=1e-5)
+    assert not torch.allclose(many[:, 0], many[:, 1])
+
+
+def test_query_views_of_two_augmentations_share_their_crops(images):
+    gray = images[:, :1].expand(-1, 3, -1, -1)
+    plain, colored = (make_query_views(gray, augmentation=name) for name in ("crop", "simclr"))
+    for a, b in zip(plain.flatten(0, 1), colored.flatten(0, 1), strict=True):
+        if 0 < b.amin() and b.amax() < 1:  # on a gray picture jitter scales and shifts, and may clip between
+            assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > 0.9
+
+
+def test_query_views_are_what_training_would_make_of_the_same_draws(images):
+    """One view at a time, with the draws handed to the training function."""
+
+    class Replay:
+        def __init__(self, row):
+            self.chance, self.share, self.ratio, self.shift = np.split(row, (11, 21, 31))
+
+        def uniform(self, low, high, shape):
+            u, self.share, self.ratio = self.share, self.ratio, None  # the area first, then the shape
+            return (low + (high - low) * u).reshape(shape)
+
+        def random(self, shape, dtype=float):
+            return (self.chance if dtype is np.float32 else self.shift).astype(dtype).reshape(shape)
+
+    got = make_query_views(images, n=3, augmentation="simclr-weak", size=24)
+    for i in range(4):
+        rows = seeds.rng(1, "encodermi", IDS[i]).random((3, 33))
+        for k in range(3):
+            settings = views.parse_augmentation("simclr-weak")
+            slow = views.augment(images[i : i + 1], size=24, rng=Replay(rows[k]), **settings)[0]
+            torch.testing.assert_close(got[i, k], slow, rtol=0, atol=1e-5)
+
+
+def test_query_crops_follow_the_distribution_of_torchvision():
+    draws = np.random.default_rng(0).random((4000, 22))
+    logs = np.log([3 / 4, 4 / 3])
+    boxes = views._place_boxes(
+        0.2 + 0.8 * draws[:, :10], logs[0] + np.diff(logs) * draws[:, 10:20], draws[:, 20:], 32, 32, (3 / 4, 4 / 3)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        make = RandomResizedCrop(16, (0.2, 1.0))
+        theirs = [make.make_params([torch.zeros(3, 32, 32)]) for _ in range(4000)]
+    expected = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in theirs], float)
+    error = expected.std(0) * (2 / 4000) ** 0.5  # standard error of a difference of two means of 4,000
+    assert (np.abs(boxes.mean(0) - expected.mean(0)) < 5 * error).all()
+
+
+def test_training_views_keep_their_numbers():
+    """Trainings that are resumed, and committed artifacts, rest on these numbers: 8 images, every augmentation."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8))
+    for name, (mean, pixel) in TRAINING_VIEWS.items():
+        x = views.augment(images, size=24, rng=seeds.rng(0, name), solarize=0.2, **views.parse_augmentation(name))
+        assert (float(x.mean()), float(x[3, 1, 5, 7])) == pytest.approx((mean, pixel), abs=2e-6), name  # float32 sums
+
+
+TRAINING_VIEWS = {
+    "none": (0.5000743, 0.6742892),
+    "flip": (0.4638768, 0.4938384),
+    "crop": (0.4759483, 0.2770577),
+    "crop-weak": (0.4992630, 1.0000000),
+    "simclr": (0.4275457, 0.6187094),
+    "simclr-weak": (0.4296839, 0.4748549),
+    "dino": (0.4432094, 0.1846521),
+    "dino-local": (0.5388715, 0.4254322),
+}
+
+
 @pytest.mark.parametrize("name", ["nothing", "crop:0.5", "crop:0.9-0.2", "crop:0-1"])
 def test_an_unknown_augmentation_is_named(name):
     with pytest.raises(ValueError, match="unknown augmentation"):
@@ -102,5 +192,10 @@ def test_wrong_shapes_and_views_are_refused(images):
         views.resized_crop(images, torch.zeros(3, 4, dtype=torch.long), 16)
     with pytest.raises(ValueError, match="expected view"):
         views.make_views(images, IDS, view="center", size=32, seed=0)
+    for bad in ({"n": 0}, {"ids": IDS[:3]}):
+        with pytest.raises(ValueError, match="expected n >= 1 and 12 image ids"):
+            make_query_views(images, **bad)
+    with pytest.raises(ValueError, match=r"expected images \(N, 3, H, W\) uint8"):
+        make_query_views(images / 255)
     with pytest.raises(ValueError, match="expected n >= 1"):
         views.draw_boxes(IDS, 3, height=32, width=32, scale=(0.5, 0.1), seed=0, stream="test")

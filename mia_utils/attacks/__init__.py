@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from mia_utils import seeds, splits, views
-from mia_utils.attacks import classifier, controls, partcrop
+from mia_utils.attacks import classifier, controls, encodermi, lpla, mim, partcrop, segmentation
 from mia_utils.attacks.controls import extract_statistics, permute_labels, score_without_model
 from mia_utils.attacks.result import SUMMARY_COLUMNS, Result
 
@@ -39,11 +39,15 @@ __all__ = [
     "Result",
     "classifier",
     "controls",
+    "encodermi",
     "evaluate",
     "evaluate_blind",
     "fingerprint",
+    "lpla",
+    "mim",
     "partcrop",
     "register",
+    "segmentation",
     "table",
 ]
 
@@ -102,7 +106,8 @@ def register(
         extract: ``extract(model, images (N, H, W, 3) uint8, *, image_ids, seed, **parameters) -> (N, F)``; it may
             also name ``view`` (protocol released-view), ``masks`` or ``reference``, and is then handed them.
         score: ``score(features) -> (N,)``, higher = more likely a member: an attack without training.
-        fit: ``fit(features, is_member, *, validation, seed, **parameters) -> attacker`` with ``.score(features)``.
+        fit: ``fit(features, is_member, *, validation, seed, **parameters) -> attacker`` with ``.score(features)``,
+            or ``.score(features, *, image_ids)`` where scoring draws per image.
             Neither ``score`` nor ``fit``: the shared network, :func:`mia_utils.attacks.classifier.fit`.
         paper: where it comes from.
         recipe: raised whenever ``extract`` gives other numbers, so that no cached feature is mistaken for a new one.
@@ -252,6 +257,11 @@ def evaluate(
             handed["masks"] = None if pool.masks is None else pool.masks[index[rows]]
             got = _extract(attack, queried, pool, index[rows], handed, extract_params, cache)
             features = np.empty((len(index), *got.shape[1:]), got.dtype) if features is None else features
+            if got.shape[1:] != features.shape[1:]:
+                raise ValueError(
+                    f"attack {name!r}: the target gives features {features.shape[1:]} an image, the shadow "
+                    f"{got.shape[1:]}: give both the same classes (datasets.map_labels) and sizes"
+                )
             features[rows] = got
         return features
 
@@ -273,7 +283,12 @@ def evaluate(
 
     def make_scorer(features: np.ndarray) -> Callable:
         return functools.partial(
-            _fit_attack, attack, features, fit_params=fit_params, select_on_report=protocol == "released-selection"
+            _fit_attack,
+            attack,
+            features,
+            pool.image_ids[index],
+            fit_params=fit_params,
+            select_on_report=protocol == "released-selection",
         )
 
     features = extract(model, shadow)
@@ -432,6 +447,7 @@ def _cross_fit(
 def _fit_attack(
     attack: Attack,
     features: np.ndarray,
+    image_ids: np.ndarray,
     known: np.ndarray,
     fit: np.ndarray,
     validation: np.ndarray,
@@ -449,7 +465,13 @@ def _fit_attack(
     attacker = attack.fit(
         features[fit], known[fit], validation=(features[select], known[select]), seed=seed, **fit_params
     )
-    return lambda rows: np.asarray(attacker.score(features[rows]), np.float64), validation
+    keyed = "image_ids" in inspect.signature(attacker.score).parameters  # it draws per image, so it asks whose features
+
+    def score(rows: np.ndarray) -> np.ndarray:
+        extra = {"image_ids": image_ids[rows]} if keyed else {}
+        return np.asarray(attacker.score(features[rows], **extra), np.float64)
+
+    return score, validation
 
 
 def _make_blind(pool, index: np.ndarray, view: np.ndarray, size: int | None, seed: int) -> Callable:
@@ -512,6 +534,10 @@ def fingerprint(model: object) -> str | None:
     if not modules:
         return None
     settings = [getattr(model, key, None) for key in ("arch", "pooling", "input_size", "min_size", "_mean", "_std")]
+    # what an autoencoder holds outside its weights
+    settings += ["norm_pix_loss"] if getattr(model, "norm_pix_loss", False) else []
+    seen = [getattr(model, key, None) for key in ("mean", "std")]
+    settings += [v.flatten().tolist() for v in seen if isinstance(v, torch.Tensor) and (v != 0.5).any()]
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for key, value in modules[0].state_dict().items():
         digest.update(key.encode())
@@ -541,4 +567,49 @@ register(
     **_PARTCROP,
     fit=functools.partial(classifier.fit, version="v2"),
     paper="PartCrop-v2 (arXiv 2505.10351)",
+)
+register(
+    "mim",
+    needs={"reconstruct"},
+    queries=lambda params: params["n_masks"],
+    extract=mim.extract_distances,
+    score=mim.score_distances,
+    paper="MIM attack (arXiv 2408.06825)",
+)
+_ENCODERMI = {
+    "needs": {"embed"},
+    "queries": lambda params: params["n_views"],
+    "extract": encodermi.extract_features,
+    "paper": "EncoderMI (arXiv 2108.11023)",
+}
+register("encodermi-v", **_ENCODERMI, fit=encodermi.fit_vector)
+register("encodermi-s", **_ENCODERMI, fit=encodermi.fit_set)
+register("encodermi-t", **_ENCODERMI, score=encodermi.score_threshold)
+_LPLA = {"needs": {"embed"}, "queries": 1, "paper": "LpLA (arXiv 2506.05743)"}
+register("lpla", **_LPLA, extract=lpla.extract_norms, fit=lpla.fit_ratio)
+
+_SEGMENTATION = {"queries": 1, "paper": "Segmentations-Leak (arXiv 1912.09685)"}
+_WITH_LABELS = _SEGMENTATION | {"needs": {"posteriors", "labels"}}
+register("seg-loss-map", **_WITH_LABELS, extract=segmentation.extract_loss_map, fit=segmentation.fit)
+register(
+    "seg-concat",
+    **_WITH_LABELS,
+    extract=segmentation.extract_posteriors_and_labels,
+    fit=functools.partial(segmentation.fit, labels_last=True),
+)
+register(
+    "seg-full-image",
+    **_WITH_LABELS,
+    extract=segmentation.extract_loss_map,
+    fit=functools.partial(segmentation.fit, whole=True),
+)
+register("seg-global-loss", **_WITH_LABELS, extract=segmentation.extract_mean_loss, score=segmentation.score_mean_loss)
+register("seg-label-only", **_WITH_LABELS, extract=segmentation.extract_label_only, fit=segmentation.fit)
+register(
+    "seg-type1",
+    needs={"posteriors"},
+    queries=1,
+    extract=segmentation.extract_posteriors,
+    fit=segmentation.fit,
+    paper="Type-I of Chobola et al. (arXiv 2212.01082)",
 )

@@ -168,6 +168,52 @@ def fit(
     Raises:
         ValueError: shapes differ, features are not finite, a class is missing, unknown version.
     """
+    n_features = _check_features(features, "fit features").shape[1]
+    return train(
+        make_network(n_features, widths=widths, version=version, seed=seed),
+        features,
+        is_member,
+        validation=validation,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        steps_per_epoch=steps_per_epoch,
+        patience=patience,
+        standardize=standardize,
+        seed=seed,
+    )
+
+
+def train(
+    network: nn.Module,
+    features: np.ndarray | torch.Tensor,
+    is_member: np.ndarray,
+    *,
+    validation: tuple[Any, Any],
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    steps_per_epoch: int,
+    patience: int | None,
+    standardize: bool = False,
+    max_norm: float | None = None,
+    seed: int = 0,
+) -> Attacker:
+    """Train any attacker network on balanced batches and keep the weights of its best epoch on validation data.
+
+    Args:
+        network: (N, F) float32 -> (N, 1) logits, higher = more likely a member; trained in place.
+        max_norm: bound on the norm of a step's gradient; None: none.
+        features, is_member, validation, and the other options: as in :func:`fit`, which says what they mean.
+
+    Returns:
+        ``Attacker``.
+
+    Raises:
+        ValueError: shapes differ, features are not finite, a class is missing.
+    """
     x, y = _check_pair(features, is_member, "fit")
     x_val, y_val = _check_pair(*validation, "validation")
     if x.shape[1] != x_val.shape[1]:
@@ -182,19 +228,22 @@ def fit(
     x = torch.from_numpy(((x - shift) / scale).astype(np.float32))
     x_val = torch.from_numpy(((x_val - shift) / scale).astype(np.float32))
 
-    network = make_network(x.shape[1], widths=widths, version=version, seed=seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     batches = _draw_batches(y, batch_size, seeds.generator(seed, "classifier.batches"))
     rows, best, best_state = [], None, None
     for epoch in range(1, epochs + 1):
         total = 0.0
+        network.train()
         for _ in range(steps_per_epoch):
             idx, target = next(batches)
             loss = F.binary_cross_entropy_with_logits(network(x[idx])[:, 0], target)
             optimizer.zero_grad()
             loss.backward()
+            if max_norm is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), max_norm)
             optimizer.step()
             total += loss.item()
+        network.eval()
         with torch.inference_mode():
             logit = network(x_val)[:, 0].double().numpy()
         auc, val_loss = float(roc_auc_score(y_val, logit)), _compute_balanced_loss(logit, y_val)

@@ -27,7 +27,8 @@ from filelock import FileLock
 from PIL import Image
 
 from mia_utils import paths, seeds
-from mia_utils.datasets import folders, torchvision_sets
+from mia_utils.datasets import folders, segmentation_sets, torchvision_sets
+from mia_utils.datasets.segmentation_sets import join_pools, map_labels  # noqa: F401 - public names
 
 VOID = 255  # label of pixels without a class, in every pool
 SCENE_STYLES = ("scenes", "scenes-night", "scenes-sketch")
@@ -157,7 +158,8 @@ def load(
     Images that come from files are in the order of their ids, so the same data from another source is the same pool.
 
     Args:
-        name: a name of ``list_names()``, ``folder:PATH``, or the name of an npz file in ``root``.
+        name: a name of ``list_names()``, ``folder:PATH`` (with ``images`` and ``masks`` in it: pairs), or the name of
+            an npz file in ``root``. ``NAME@SPACE`` maps the masks to ``cityscapes``, ``camvid`` or ``scenes`` classes.
         root: folder of downloads and caches; None is ``MIA_DATA_DIR``, else ``data/raw``. ``scenes`` need none.
         size: height = width in pixels, or (height, width); scenes are drawn at this size (None: 32), others are
             scaled to cover it and center-cropped (Pillow bicubic; masks nearest). None keeps what is stored.
@@ -173,6 +175,9 @@ def load(
     """
     if not isinstance(name, str):
         raise ValueError(f"expected the name of a data set, got {name!r}: one of {', '.join(list_names())}")
+    if "@" in name and not name.startswith("folder:"):  # the same pictures, their masks in another label space
+        source, _, space = name.partition("@")
+        return map_labels(load(source, root, size=size, n=n, seed=seed), space)
     height_width = _check_size(size)
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ValueError(f"expected n to be a positive number of images, got {n!r}")
@@ -183,20 +188,34 @@ def load(
         return _load_scenes(name, side, 3000 if n is None else int(n), int(seed), _find_root(root, needed=False))
     if name.startswith("folder:"):
         folder = Path(name.removeprefix("folder:")).expanduser()
-        arrays = folders.read_folder(folder, size=height_width, n=n, seed=seed)
+        read = segmentation_sets.read_pairs if segmentation_sets.is_pairs(folder) else folders.read_folder
+        arrays = read(folder, size=height_width, n=n, seed=seed)
         return _make_pool(f"folder:{folder.resolve().name}", arrays, where=str(folder))
     known = name in SOURCES
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(list_names())}")
     folder = _find_root(root, needed=known)
+    ours = known and SOURCES[name] is segmentation_sets.LOADERS.get(name)  # not a source the user put in its place
+    at_size = ours and name in segmentation_sets.DEFAULT_SIZES  # large photographs: one cache file for each size
+    if at_size:
+        height_width = height_width or segmentation_sets.DEFAULT_SIZES[name]
     cache = folder and _find_cache(folder, name, height_width)
+    if (
+        at_size
+        and cache
+        and cache != _name_cache(folder, name, height_width)
+        and segmentation_sets.is_here(name, folder)
+    ):
+        cache = None  # of another size, and the photographs are here: read them again rather than scale twice
     if cache is None and not known:
         raise ValueError(
             f"unknown data set {name!r}: expected one of {', '.join(list_names())}, or a file {name}.npz in "
             f"{folder or root or paths.get_raw_dir()}"
         )
     if cache is None:
-        cache = _make_cache(name, folder, SOURCES[name])
+        if ours:
+            segmentation_sets.check_source(name, folder)  # nothing to make: say so without touching the folder
+        cache = _make_cache(name, folder, SOURCES[name], height_width if at_size else None)
     pool = _make_pool(name, read_cache(cache), where=str(cache))
     if n is not None:
         if n > len(pool):
@@ -504,17 +523,25 @@ def _lock(folder: Path, name: str) -> AbstractContextManager:
         ) from error
 
 
-def _make_cache(name: str, folder: Path, loader: Loader) -> Path:
-    """Ask a source and write its cache, once even when several jobs start together."""
-    path = folder / f"{name}.npz"
-    if loader is _ask_for_camvid:  # nothing to make: say so without touching the folder
-        loader(folder)
+def _name_cache(folder: Path, name: str, size: tuple[int, int] | None) -> Path:
+    """Return the cache file that is written: with its size where a data set has no size of its own."""
+    return folder / (f"{name}-{size[0]}x{size[1]}.npz" if size else f"{name}.npz")
+
+
+def _make_cache(name: str, folder: Path, loader: Loader, size: tuple[int, int] | None = None) -> Path:
+    """Ask a source (for pictures of this size) and write its cache, once even when several jobs start together."""
+    if loader is segmentation_sets.load_camvid:
+        path = _name_cache(folder, name, segmentation_sets.CAMVID_SIZE)
+    else:
+        path = _name_cache(folder, name, size)
     with _lock(folder, name):
         if not path.is_file():  # another job may have written it while this one waited
-            made = loader(folder)
+            made = loader(folder, size=size) if size else loader(folder)
             if isinstance(made, Pool):
                 made = {key: getattr(made, key) for key in ARRAYS if getattr(made, key) is not None}
-            write_cache(path, check_arrays(made, where=f"source {name!r}"))
+            checked = check_arrays(made, where=f"source {name!r}")
+            # labels that only stand in for missing ones stay out of the file: class_names number the masks then
+            write_cache(path, {key: value for key, value in checked.items() if key in made})
     return path
 
 
@@ -560,17 +587,11 @@ def _load_scenes(style: str, size: int, n: int, seed: int, folder: Path | None) 
     return pool
 
 
-def _ask_for_camvid(folder: Path) -> Pool:
-    raise FileNotFoundError(
-        f"camvid: no camvid-HEIGHTxWIDTH.npz (or camvid.npz) in {folder}: put one there, see data/README.md"
-    )
-
-
 for _name, _loader in {
     "cifar10": torchvision_sets.load_cifar10,
     "cifar100": torchvision_sets.load_cifar100,
     "stl10": torchvision_sets.load_stl10,
     "tiny_imagenet": folders.read_tiny_imagenet,
-    "camvid": _ask_for_camvid,
+    **segmentation_sets.LOADERS,
 }.items():
     register_source(_name, _loader)

@@ -23,7 +23,7 @@ from mia_utils import metrics, paths, plots
 _IDENTITY = (
     "attack", "control", "model", "method", "arch", "dataset", "protocol", "knowledge", "shadow_method", "epoch",
     "n_train", "epochs", "augmentation", "attacker", "defense", "strength", "known_share", "n_nonmembers",
-    "rung", "params",
+    "rung", "params", "shadow", "reference", "decoder",
 )  # fmt: skip
 _ARCH_LABELS = (("vit", "ViT"), ("resnet", "ResNet"), ("swin", "Swin"), ("convnext", "ConvNeXt"))
 
@@ -173,6 +173,9 @@ def read_facts(result: Any) -> dict[str, Any]:
         "control": result.control or "",
         "model": split_seed(str(meta.get("model_id") or meta.get("model") or ""), meta.get("seed")),
         "params": params,
+        # results saved before these were noted had none
+        "shadow": split_seed(meta["shadow"], meta.get("seed")) if meta.get("shadow") else None,
+        "decoder": meta.get("decoder") or "own",
     }
 
 

@@ -14,9 +14,12 @@ from mia_utils.figures.base import (
     Entry,
     NotAvailable,
     figure,
+    format_auc,
     group,
     is_left,
+    join_words,
     leaks,
+    load_entries,
     make_grid,
     make_rows,
     name_knowledge,
@@ -138,4 +141,111 @@ def _draw_leakage(lab):
     text = f"Leakage against epochs per training image, {len(attack_only)} results"
     plots.set_title(fig, text + (f": rank correlation {plots.format_value(rho)}" if np.isfinite(rho) else ""))
     plots.make_legend(fig, table, lines=False)
+    return fig, table
+
+
+# methods of the comparison, in the order of its columns; rows of other studies (sizes, mask ratios ...) are not in it
+_FAMILIES = ("mae", "simmim", "dino", "moco", "moco-v2", "simclr", "supervised")
+
+
+@figure(
+    "fig08_encoders",
+    notebook="08_figures",
+    title="Every encoder attack on every training method",
+    paper_item="all encoder papers: comparison of attacks",
+    needs="targets of several training methods; notebook 05 runs the attacks",
+)
+def _draw_encoders(lab):
+    entries = [
+        e for e in load_entries(lab, "fig08_encoders", controls=("no-model", "untrained", "permuted")) if e.metrics
+    ]
+    attacks = list(dict.fromkeys(a for a in plots.ATTACK_COLORS if any(e.meta["attack"] == a for e in entries)))
+    methods = [m for m in _FAMILIES if any(e.meta["method"] == m for e in entries)]
+    cells = {(name_attack(e), e.meta["method"]): e for e in entries}
+    names = list(dict.fromkeys(sorted((name for name, _ in cells), key=lambda n: _place(n, attacks))))
+    rows = []
+    for name in names:
+        for method in methods:
+            if (name, method) in cells:
+                rows += make_rows(cells[name, method], row=name, column=plots.label_of(method))
+    for method in methods:  # asked of no model, so one row serves all attacks on the same pictures
+        blind = next((e.controls["no-model"] for e in entries if e.meta["method"] == method and e.controls), None)
+        if blind is not None and blind.metrics:
+            owner = next(e for e in entries if e.meta["method"] == method and e.controls)
+            found = make_rows(owner, controls=("no-model",), row="no model", column=plots.label_of(method))
+            rows += [r for r in found if r["control"]]
+    for name in names:
+        for method in methods:
+            entry = cells.get((name, method))
+            twin = entry.controls.get("untrained") if entry else None
+            if twin is not None and twin.metrics:
+                found = make_rows(
+                    entry, controls=("untrained",), row=f"untrained, {name}", column=plots.label_of(method)
+                )
+                rows += [r for r in found if r["control"]]
+    table = pd.DataFrame(rows)
+    fig, axes = plots.make_figure(1, 1, width=plots.FULL, height=0.36 * table["row"].nunique() + 1.0)
+    plots.draw_matrix(axes[0, 0], table, xlabel="target trained with", n_head=len(names))
+    best = {}
+    for (name, method), e in cells.items():
+        if leaks(e) and (method not in best or e.metrics.auc > best[method][1].metrics.auc):
+            best[method] = (name, e)
+    said = [f"{plots.label_of(m)} {best[m][0]} ({format_auc(best[m][1])})" for m in methods if m in best]
+    none = [plots.label_of(m) for m in methods if m not in best]
+    text = "Best attack above chance: " + ", ".join(said) if said else "No attack lies above chance"
+    plots.set_title(fig, text + (f"; none on {join_words(none)}" if none else ""))
+    return fig, table
+
+
+def name_attack(entry: Entry) -> str:
+    """Name an attack, and whose decoder it asks where that is not the model's own."""
+    name = plots.label_of(entry.meta["attack"])
+    return f"{name}, own decoder" if entry.meta.get("decoder") == "attacker" else name
+
+
+def _place(name: str, attacks: Sequence[str]) -> int:
+    return next((i for i, a in enumerate(attacks) if name.split(",")[0] == plots.label_of(a)), len(attacks))
+
+
+@figure(
+    "fig08_queries",
+    notebook="08_figures",
+    title="Quality of an attack against the queries it makes per image",
+    needs="the sweeps of notebooks 03, 04 and 05",
+)
+def _draw_queries(lab):
+    names = ("fig08_queries", "fig03_crop_number", "fig04_masks", "fig05_views", "fig08_encoders")
+    entries = [e for e in load_entries(lab, *names, controls=("no-model",)) if e.metrics and e.get("queries")]
+    # one setting per attack: the default of everything but the number of queries
+    panels = {}
+    for e in entries:
+        panels.setdefault(e.meta["method"], []).append(e)
+    panels = {m: p for m, p in panels.items() if len({(e.meta["attack"], e.get("queries")) for e in p}) > 2}
+    if not panels:
+        raise NotAvailable(f"fig08_queries: no target in profile {lab.profile_name} was attacked with several budgets")
+    rows = []
+    for method, part in panels.items():
+        for e in part:
+            rows += make_rows(e, target=plots.label_of(method), x=float(e.get("queries")))
+    table = pd.DataFrame(rows).drop_duplicates(["target", "attack", "x", "seed"])
+    fig, axes = make_grid(len(panels), sharey=True, height=2.5)
+    for ax, target in zip(axes, dict.fromkeys(table["target"]), strict=True):
+        plots.draw_sweep(
+            ax, table[table["target"] == target], xlabel="queries per image", log=True,
+            ylabel="AUC" if is_left(ax) else "", ticks=[1, 4, 16, 64, 256],
+        )  # fmt: skip
+        ax.set_title(target)
+    axes[0].set_ylim(*pick_limits(table))
+    cheap = max(
+        (e for part in panels.values() for e in part if e.get("queries") <= 4),
+        key=lambda e: e.metrics.auc,
+        default=None,
+    )
+    best = max((e for part in panels.values() for e in part), key=lambda e: e.metrics.auc)
+    where = plots.label_of(best.meta["method"])
+    text = f"Best: {name_attack(best)} on {where}, AUC {format_auc(best)} for {best.get('queries')} queries"
+    if cheap is not None and cheap is not best:
+        text += f"; {name_attack(cheap)} reaches {format_auc(cheap)} for {cheap.get('queries')}"
+    plots.set_title(fig, text)
+    plots.make_legend(fig, table, seeds=True)
     return fig, table

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import torch
 
-from mia_utils import seeds
+from mia_utils import seeds, segmenters
 from mia_utils.encoders import Encoder, from_module, make_backbone
-from mia_utils.pretrain import dino, mae, moco, simclr, supervised
+from mia_utils.pretrain import dino, mae, moco, simclr, simmim, supervised
 
 METHODS: dict[str, tuple[type, dict]] = {
     "mae": (mae.MAE, mae.DEFAULTS),
+    "simmim": (simmim.SimMIM, simmim.DEFAULTS),
     "dino": (dino.DINO, dino.DEFAULTS),
     "moco": (moco.MoCo, moco.DEFAULTS),
     "moco-v1": (moco.MoCoV1, moco.DEFAULTS),
     "moco-v2": (moco.MoCoV2, moco.DEFAULTS),
     "simclr": (simclr.SimCLR, simclr.DEFAULTS),
     "supervised": (supervised.Supervised, supervised.DEFAULTS),
+    **segmenters.METHODS,
 }
 
 
@@ -46,12 +48,15 @@ def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None,
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
+    cls = METHODS[name][0]
+    if hasattr(cls, "build"):  # a network that is no head on a backbone builds itself
+        return cls.build(arch, seed=seed, input_size=input_size, **options)
     backbone = make_backbone(arch, seed=seed)
     size = input_size or from_module(backbone, arch=arch, method=name).input_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            method = METHODS[name][0](backbone, input_size=size, **options)
+            method = cls(backbone, input_size=size, **options)
         except TypeError as error:
             raise ValueError(f"{name} does not take these options: {error}") from None
     method.input_size = size

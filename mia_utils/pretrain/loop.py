@@ -6,6 +6,7 @@ stream, so a training that was killed continues with the very numbers it would h
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -21,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mia_utils import encoders, pretrain, seeds
+from mia_utils import encoders, pretrain, seeds, segmenters
 from mia_utils.encoders import Encoder
+from mia_utils.segmenters import Segmenter
 
 
 @dataclass
@@ -57,13 +59,18 @@ class Run:
             raise ValueError(f"no checkpoint of epoch {epoch}: kept are {', '.join(map(str, self.checkpoints))}")
         return self.states[epoch]
 
-    def encoder_at(self, epoch: int | None = None) -> Encoder:
-        """Return the encoder as it was after ``epoch`` (None: the end; 0: before training)."""
+    def encoder_at(self, epoch: int | None = None) -> Encoder | Segmenter:
+        """Return the encoder (segmenter) as it was after ``epoch`` (None: the end; 0: before training)."""
         state = self._get_state(epoch)
+        method = pretrain.METHODS[self.method][0]
+        if hasattr(method, "restore"):
+            name = self.method if epoch is None else f"{self.method}@{epoch}"
+            return method.restore(state, arch=self.arch, name=name, **self.settings["options"])
         module = encoders.make_backbone(self.arch)
         module.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")})
         name = self.method if epoch is None else f"{self.method}@{epoch}"
-        return encoders.from_module(module, arch=self.arch, method=self.method, name=name)
+        view = _get_input(self.settings.get("options", {}))
+        return encoders.from_module(module, arch=self.arch, method=self.method, name=name, **view)
 
     def autoencoder_at(self, epoch: int | None = None) -> nn.Module | None:
         """Return encoder and decoder together (``reconstruct``), None where the method has no decoder."""
@@ -90,7 +97,11 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         for epoch, state in self.states.items():
             save_file({k: v.contiguous() for k, v in state.items()}, str(folder / f"epoch-{epoch:06d}.safetensors"))
-        encoders.save(self.encoder, folder / "encoder.safetensors")
+        final = self.encoder
+        if isinstance(final, Segmenter):
+            segmenters.save(final, folder / "segmenter.safetensors")
+        else:
+            encoders.save(final, folder / "encoder.safetensors")
         self.history.to_csv(folder / "history.csv", index=False)
         return folder
 
@@ -107,6 +118,26 @@ class Run:
 def _export(method: nn.Module) -> dict[str, Tensor]:
     state = method.state_dict()
     return {k: v.detach().cpu().clone() for k, v in state.items() if k.startswith(("backbone.", "decoder."))}
+
+
+def _get_input(options: dict) -> dict:
+    """Of a method's options, those that say what the encoder sees."""
+    return {key: options[key] for key in ("input_size", "mean", "std") if key in options}
+
+
+def _hash_weights(module: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in module.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _set_training(method: nn.Module) -> None:
+    """Training mode; a frozen encoder stays in eval mode."""
+    method.train()
+    if not any(p.requires_grad for p in method.backbone.parameters()):
+        method.backbone.eval()
 
 
 def _pick_epochs(epochs: int, checkpoints: Sequence[int] | None) -> list[int]:
@@ -133,7 +164,7 @@ def _measure_loss(
             extra = {} if labels is None else {"labels": labels[start : start + batch_size]}
             loss = method.loss(batch, augmentation=augmentation, size=size, rng=rng, progress=1.0, **extra)
             losses.append(float(loss))
-    method.train()
+    _set_training(method)
     return sum(losses) / len(losses)
 
 
@@ -141,9 +172,10 @@ def fit(
     method: str,
     images: np.ndarray,
     *,
-    arch: str,
+    arch: str | None = None,
     epochs: int,
     seed: int = 0,
+    encoder: Encoder | None = None,
     labels: np.ndarray | None = None,
     heldout: np.ndarray | None = None,
     heldout_labels: np.ndarray | None = None,
@@ -167,9 +199,11 @@ def fit(
     Args:
         method: a key of ``pretrain.METHODS``.
         images: (N, H, W, 3) uint8, the members.
-        arch: backbone, ``encoders.ARCHS`` or a timm name; trained at its own input size.
+        arch: backbone, ``encoders.ARCHS`` or a timm name; trained at its own input size. None: that of ``encoder``.
         epochs: passes over the images.
         seed: of weights, order and augmentation (streams of their own; the global random state is not used).
+        encoder: start from its weights and leave them as they are: only the decoder of a masked-image model is
+            trained (the attacker's own decoder over a target that was released without one).
         labels: (N,) int, for supervised training.
         heldout, heldout_labels: images (M, H, W, 3) that are never trained on; their loss goes into ``history``.
         augmentation: name from ``views.AUGMENTATIONS``; None: the method's own.
@@ -200,13 +234,26 @@ def fit(
     if method not in pretrain.METHODS:
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(pretrain.METHODS)}")
     cls, defaults = pretrain.METHODS[method]
+    if encoder is not None:
+        if not hasattr(cls, "reconstruct"):
+            raise ValueError(f"{method} trains the encoder itself: a frozen encoder= goes with mae or simmim")
+        if encoder.module is None:
+            raise ValueError(f"expected encoder= over a timm backbone, got {encoder.name!r}: a wrapped callable")
+        if arch not in (None, encoder.arch):
+            raise ValueError(f"encoder {encoder.name!r} is a {encoder.arch}, not a {arch}: leave arch out")
+        arch = encoder.arch
+        seen = {key: getattr(encoder, f"_{key}").flatten().tolist() for key in ("mean", "std")}
+        options = {**options, "input_size": encoder.input_size, **seen}
+    if arch is None:
+        raise ValueError("expected arch= (a backbone to train) or encoder= (one to keep), got neither")
     supervised = getattr(cls, "needs_labels", False)
     if supervised:
         if labels is None or len(labels) != len(images):
             raise ValueError(f"{method} needs labels for all {len(images)} images")
-        options.setdefault(
-            "n_classes", int(max(labels.max(), 0 if heldout_labels is None else heldout_labels.max())) + 1
-        )
+        both = [np.asarray(x) for x in (labels, heldout_labels) if x is not None]
+        if labels.ndim == 3:  # label maps: void is no class
+            both = [x[x != segmenters.VOID] for x in both]
+        options.setdefault("n_classes", int(max(x.max(initial=0) for x in both)) + 1)
     augmentation = augmentation or defaults["augmentation"]
     batch_size = min(batch_size or defaults["batch_size"], len(images))
     lr, weight_decay = lr or defaults["lr"], defaults["weight_decay"] if weight_decay is None else weight_decay
@@ -215,11 +262,16 @@ def fit(
     settings |= dict(
         weight_decay=weight_decay, batch_size=batch_size, warmup=warmup, n_train=len(images), options=options
     )
+    if encoder is not None:
+        settings["encoder"] = _hash_weights(encoder.module)
 
     on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     accelerator = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fabric = Fabric(accelerator=accelerator, devices="auto" if on_torchrun else 1, precision=precision)
     model = pretrain.build(method, arch, seed=seed, **options)
+    if encoder is not None:
+        model.backbone.load_state_dict(encoder.module.state_dict())
+        model.backbone.requires_grad_(False)
     if getattr(model, "queue_size", 0) > len(images) // 2:
         raise ValueError(f"expected queue_size up to half of the {len(images)} images, got {model.queue_size}")
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
@@ -233,7 +285,7 @@ def fit(
     n_batches = max(len(images) // batch_size, 1)
     n_steps = epochs * n_batches
     schedule = CosineWarmupScheduler(optimizer, warmup_epochs=max(int(n_steps * warmup), 1), max_epochs=n_steps + 1)
-    model.train()
+    _set_training(model)
     wrapped, optimizer = fabric.setup(model, optimizer)
     wrapped.mark_forward_method("loss")
 
@@ -267,8 +319,12 @@ def fit(
         if epoch in kept:
             states[epoch] = _export(model)
             if on_checkpoint is not None:
-                row |= on_checkpoint(epoch, encoders.from_module(model.backbone, arch=arch, method=method))
-                model.train()
+                if hasattr(model, "as_segmenter"):
+                    face = model.as_segmenter()
+                else:
+                    face = encoders.from_module(model.backbone, arch=arch, method=method, **_get_input(options))
+                row |= on_checkpoint(epoch, face)
+                _set_training(model)
         history.append(row)
 
     def store(epoch: int) -> None:

@@ -5,10 +5,13 @@ Source: He et al. 2022 (arXiv 2111.06377); small-image recipe of METHODS section
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
 from lightly.models.modules.masked_vision_transformer_decoder_timm import MaskedVisionTransformerDecoderTIMM
+from lightly.models.utils import get_at_index
 from torch import Tensor, nn
 
 from mia_utils import views
@@ -31,45 +34,49 @@ def draw_masks(n: int, n_tokens: int, mask_ratio: float, rng: np.random.Generato
     return masks.scatter_(1, torch.from_numpy(order[:, :n_hidden].copy()), True)
 
 
-class MAE(nn.Module):
-    """Masked autoencoder over a timm ViT; also the attacks' ``autoencoder`` (``reconstruct``).
+class MaskedImageModel(nn.Module):
+    """What the masked-image models share: patches, loss on the hidden ones, reconstruction (``mae``, ``simmim``).
+
+    A method adds ``embed`` (normalized images -> tokens before any mask) and ``predict_from`` (tokens and masks ->
+    patches), and puts whatever is trained beside the encoder under ``decoder``.
 
     Args:
-        backbone: timm VisionTransformer.
+        backbone: timm module.
         input_size: image side in pixels.
-        mask_ratio: share of hidden patches (paper: 0.75).
-        decoder_dim, decoder_depth, decoder_heads: the decoder (paper: 512, 8, 16; small images: 64, 1, 4).
+        patch: side in pixels of what one mask entry hides.
+        mask_ratio: share of hidden patches in training.
+        norm_pix_loss: predict patches that are standardized by their own mean and sd.
+        mean, std: normalization of the encoder's input (a frozen encoder keeps its own).
     """
 
     pooling = "mean"
+    penalize = staticmethod(torch.square)  # of the pixel differences in the training loss
 
     def __init__(
         self,
         backbone: nn.Module,
         *,
         input_size: int,
-        mask_ratio: float = 0.75,
-        decoder_dim: int = 64,
-        decoder_depth: int = 1,
-        decoder_heads: int = 4,
+        patch: int,
+        mask_ratio: float,
+        norm_pix_loss: bool = False,
+        mean: Sequence[float] = HALF,
+        std: Sequence[float] = HALF,
     ):
         super().__init__()
-        if not hasattr(backbone, "patch_embed") or not hasattr(backbone, "blocks"):
-            raise ValueError(f"mae needs a plain ViT, got {type(backbone).__name__}")
-        self.backbone, self.mask_ratio = backbone, mask_ratio
-        self.encoder = MaskedVisionTransformerTIMM(vit=backbone)
-        self.patch = backbone.patch_embed.patch_size[0]
-        self.n_tokens = (input_size // self.patch) ** 2
-        self.decoder = nn.ModuleDict(
-            {
-                "embed": nn.Linear(backbone.embed_dim, decoder_dim),
-                "blocks": MaskedVisionTransformerDecoderTIMM(
-                    num_patches=self.n_tokens, embed_dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads
-                ),
-                "predict": nn.Linear(decoder_dim, 3 * self.patch**2),
-            }
-        )
-        self.register_buffer("mean", torch.tensor(HALF).view(1, 3, 1, 1), persistent=False)
+        self.backbone, self.input_size, self.patch = backbone, input_size, patch
+        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self.n_tokens = (input_size // patch) ** 2
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed all patches of normalized images (N, 3, H, W)."""
+        raise NotImplementedError
+
+    def predict_from(self, tokens: Tensor, masks: Tensor) -> Tensor:
+        """Predict all patches (N, L, 3 p p) from what ``embed`` returned and masks (N, L)."""
+        raise NotImplementedError
 
     def patchify(self, images: Tensor) -> Tensor:
         """Cut normalized images (N, 3, H, W) into patches (N, L, 3 p p)."""
@@ -85,32 +92,34 @@ class MAE(nn.Module):
         grid = patches.reshape(n, side, side, self.patch, self.patch, 3)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, 3, side * self.patch, side * self.patch)
 
+    def _cut_targets(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is to be predicted of images in [0, 1], (N, L, 3 p p), and its mean and sd per patch."""
+        patches = self.patchify((images - 0.5) / 0.5)
+        if not self.norm_pix_loss:
+            return patches, patches.new_zeros(1), patches.new_ones(1)
+        mean, sd = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        return (patches - mean) / sd, mean, sd
+
     def predict(self, images: Tensor, masks: Tensor) -> Tensor:
         """Predict all patches of normalized images (N, 3, H, W) from those that masks (N, L) leave visible."""
-        prefix = self.backbone.num_prefix_tokens
-        hidden_last = masks.to(torch.uint8).argsort(dim=1, stable=True)
-        keep = hidden_last[:, : self.n_tokens - int(masks[0].sum())] + prefix
-        first = torch.arange(prefix, device=keep.device).expand(len(keep), prefix)
-        keep = torch.cat([first, keep], dim=1)  # prefix tokens are always visible
-        visible = self.decoder["embed"](self.encoder.encode(images, idx_keep=keep))
-        decoder = self.decoder["blocks"]
-        full = decoder.mask_token.to(visible.dtype).expand(len(images), self.n_tokens + prefix, -1)
-        full = full.scatter(1, keep.unsqueeze(-1).expand(-1, -1, visible.shape[-1]), visible)
-        return self.decoder["predict"](decoder.decode(decoder.add_pos_embed(full)))[:, prefix:]
+        return self.predict_from(self.embed(images), masks)
 
     def loss(
         self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
     ) -> Tensor:
-        """Mean squared error over the hidden patches of a batch (B, 3, H, W) uint8, pixels scaled to [-1, 1]."""
+        """Mean error over the hidden patches of a batch (B, 3, H, W) uint8, pixels scaled to [-1, 1]."""
         x = views.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))
-        x = (x - 0.5) / 0.5
         masks = draw_masks(len(x), self.n_tokens, self.mask_ratio, rng).to(x.device)
-        error = (self.predict(x, masks).float() - self.patchify(x)).square().mean(-1)  # (B, L)
+        predicted = self.predict((x - self.mean) / self.std, masks).float()
+        error = self.penalize(predicted - self._cut_targets(x)[0]).mean(-1)  # (B, L)
         return (error * masks).sum() / masks.sum()
 
     @torch.inference_mode()
     def reconstruct(self, images: Tensor, masks: Tensor) -> Tensor:
         """Reconstruct images from their visible patches.
+
+        Trained with ``norm_pix_loss``, the model tells a hidden patch up to its brightness and contrast: these are
+        put back from the true patch. The attacker owns the image, so he knows them.
 
         Args:
             images: (N, 3, H, W) float in [0, 1].
@@ -122,8 +131,103 @@ class MAE(nn.Module):
         masks = masks.expand(len(images), -1) if masks.ndim == 1 else masks
         if masks.shape != (len(images), self.n_tokens):
             raise ValueError(f"expected masks ({len(images)}, {self.n_tokens}), got {tuple(masks.shape)}")
-        device = self.mean.device
-        return self.unpatchify(self.predict((images.to(device) - 0.5) / 0.5, masks.to(device))) * 0.5 + 0.5
+        images = images.to(self.mean.device)
+        return self._to_images(self.predict_from(self.embed_patches(images), masks.to(images.device)), images)
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Embed the patches of images (N, 3, H, W) in [0, 1], once for all masks of ``reconstruct_from``."""
+        return self.embed((images.to(self.mean.device) - self.mean) / self.std)
+
+    @torch.inference_mode()
+    def reconstruct_from(self, tokens: Tensor, masks: Tensor, *, images: Tensor) -> Tensor:
+        """Reconstruct every image from every mask, the masks folded into the batch.
+
+        Args:
+            tokens: of ``embed_patches(images)``.
+            masks: (M, L) bool, True = hidden; the same M for every image, each hides the same number of patches.
+            images: (N, 3, H, W) float in [0, 1] (brightness and contrast of patches, with ``norm_pix_loss``).
+
+        Returns:
+            (N, M, 3, H, W), as ``reconstruct`` gives one by one.
+        """
+        n, m = len(tokens), len(masks)
+        tokens = tokens.repeat_interleave(m, dim=0)  # (N M, L, D)
+        patches = self.predict_from(tokens, masks.to(tokens.device).repeat(n, 1))
+        if self.norm_pix_loss:
+            images = images.repeat_interleave(m, dim=0)
+        return self._to_images(patches, images).unflatten(0, (n, m))
+
+    def _to_images(self, patches: Tensor, images: Tensor) -> Tensor:
+        """Put predicted patches together, in [0, 1]."""
+        if self.norm_pix_loss:
+            _, mean, sd = self._cut_targets(images)
+            patches = patches * sd + mean
+        return self.unpatchify(patches) * 0.5 + 0.5
 
     def after_step(self, progress: float) -> None:
-        """Nothing to update: MAE has no momentum encoder."""
+        """Nothing to update: there is no momentum encoder."""
+
+
+class MAE(MaskedImageModel):
+    """Masked autoencoder over a timm ViT; also the attacks' ``autoencoder`` (``reconstruct``).
+
+    Args:
+        backbone: timm VisionTransformer.
+        input_size: image side in pixels.
+        mask_ratio: share of hidden patches (paper: 0.75).
+        decoder_dim, decoder_depth, decoder_heads: the decoder (paper: 512, 8, 16; small images: 64, 1, 4).
+        norm_pix_loss: predict patches that are standardized by their own mean and sd (paper: its best ImageNet
+            models do; small images: raw pixels).
+        mean, std: normalization of the encoder's input.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        input_size: int,
+        mask_ratio: float = 0.75,
+        decoder_dim: int = 64,
+        decoder_depth: int = 1,
+        decoder_heads: int = 4,
+        norm_pix_loss: bool = False,
+        mean: Sequence[float] = HALF,
+        std: Sequence[float] = HALF,
+    ):
+        if not hasattr(backbone, "patch_embed") or not hasattr(backbone, "blocks"):
+            raise ValueError(f"mae needs a plain ViT, got {type(backbone).__name__}")
+        patch = backbone.patch_embed.patch_size[0]
+        settings = dict(mask_ratio=mask_ratio, norm_pix_loss=norm_pix_loss, mean=mean, std=std)
+        super().__init__(backbone, input_size=input_size, patch=patch, **settings)
+        self.encoder = MaskedVisionTransformerTIMM(vit=backbone)
+        self.decoder = nn.ModuleDict(
+            {
+                "embed": nn.Linear(backbone.embed_dim, decoder_dim),
+                "blocks": MaskedVisionTransformerDecoderTIMM(
+                    num_patches=self.n_tokens,
+                    embed_dim=decoder_dim,
+                    depth=decoder_depth,
+                    num_heads=decoder_heads,
+                    num_prefix_tokens=backbone.num_prefix_tokens,
+                ),
+                "predict": nn.Linear(decoder_dim, 3 * self.patch**2),
+            }
+        )
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed all patches of normalized images (N, 3, H, W), class token and positions included: (N, 1 + L, D)."""
+        return self.encoder.preprocess(images)
+
+    def predict_from(self, tokens: Tensor, masks: Tensor) -> Tensor:
+        """Encode the visible tokens alone, decode all places: patches (N, L, 3 p p)."""
+        prefix = self.backbone.num_prefix_tokens
+        hidden_last = masks.to(torch.uint8).argsort(dim=1, stable=True)
+        keep = hidden_last[:, : self.n_tokens - int(masks[0].sum())] + prefix
+        first = torch.arange(prefix, device=keep.device).expand(len(keep), prefix)
+        keep = torch.cat([first, keep], dim=1)  # prefix tokens are always visible
+        visible = self.backbone.blocks(self.backbone.norm_pre(get_at_index(tokens, keep)))
+        visible = self.decoder["embed"](self.backbone.norm(visible))
+        decoder = self.decoder["blocks"]
+        full = decoder.mask_token.to(visible.dtype).expand(len(tokens), self.n_tokens + prefix, -1)
+        full = full.scatter(1, keep.unsqueeze(-1).expand(-1, -1, visible.shape[-1]), visible)
+        return self.decoder["predict"](decoder.decode(decoder.add_pos_embed(full)))[:, prefix:]

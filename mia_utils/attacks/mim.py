@@ -1,0 +1,342 @@
+"""MIM attack: a masked-image model reconstructs its training images better than others.
+
+Source: Li, He, Yu, Zhang (arXiv 2408.06825); difficulty calibration after Shafran et al. (a reference model's error
+tells how hard an image is). The attack replays the training: 1 masks, 2 reconstructions, 3 distance to the true pixels,
+averaged over the masks; 4 with a reference, minus its distance. Small distance = member; a threshold comes from a
+shadow model. Models are often released without a decoder: ``fit_decoder`` trains the attacker's own over the encoder.
+
+Ours: M seeded masks, the same for every image. What a mask adds by being hard it adds to members and strangers alike.
+Letters: N images, M masks, L patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mia_utils import pretrain, seeds, views
+from mia_utils.encoders import Encoder
+from mia_utils.pretrain import mae
+
+CHOICES = {
+    "distance": ("mse", "l1", "ssim"),
+    "region": ("masked", "all"),
+    "space": ("auto", "pixels", "normalized"),
+}
+
+
+def draw_masks(n_masks: int, n_tokens: int, *, mask_ratio: float = 0.75, seed: int = 0) -> Tensor:
+    """Draw the masks of the attack (step 1); the first M of many masks are the masks of a smaller M.
+
+    Returns:
+        (M, L) bool, True = hidden; each hides the same number of patches.
+
+    Raises:
+        ValueError: no mask, or masks that hide no patch or all patches.
+    """
+    if n_masks < 1:
+        raise ValueError(f"expected n_masks of at least 1, got {n_masks}")
+    return mae.draw_masks(n_masks, n_tokens, mask_ratio, seeds.rng(seed, "mim.masks"))
+
+
+def measure_distance(
+    made: Tensor, images: Tensor, masks: Tensor, *, distance: str = "mse", region: str = "masked", space: str = "pixels"
+) -> Tensor:
+    """Measure how far each reconstruction is from its image (step 3).
+
+    Args:
+        made: (N, M, 3, H, W) reconstructions, about [0, 1]; not clipped.
+        images: (N, 3, H, W) in [0, 1].
+        masks: (M, L) bool, True = hidden.
+        distance: ``"mse"`` (the paper's), ``"l1"``, or ``"ssim"`` for 1 - SSIM (Gaussian window of 11 pixels).
+        region: mean over the ``"masked"`` pixels, or over ``"all"``.
+        space: ``"pixels"``, or ``"normalized"``: differences in units of the true patch's standard deviation, which is
+            what a model with ``norm_pix_loss`` is trained on.
+
+    Returns:
+        (N, M), larger = worse reconstructed.
+    """
+    (m, n_tokens), (height, width) = masks.shape, images.shape[-2:]
+    side = round(n_tokens**0.5)
+    truth = images.unsqueeze(1)  # (N, 1, 3, H, W)
+    if distance == "ssim":
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+        pair = made.flatten(0, 1), truth.expand_as(made).flatten(0, 1)
+        error = 1 - ssim(*pair, data_range=1.0, reduction=None, return_full_image=True)[1].view_as(made)
+    else:
+        error = made - truth
+        if space == "normalized":
+            grid = images.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (N, 3, side, p, side, p)
+            # the models work on [-1, 1], where a variance is four times that of [0, 1]; their epsilon is 1e-6 there
+            sd = (grid.var((1, 3, 5), keepdim=True) + 1e-6 / 4).sqrt().expand_as(grid)
+            error = error / sd.reshape(images.shape).unsqueeze(1)
+        error = error.square_() if distance == "mse" else error.abs_()
+    if region == "all":
+        return error.mean((2, 3, 4))
+    hidden = masks.view(m, 1, side, side).repeat_interleave(height // side, 2).repeat_interleave(width // side, 3)
+    return error.mul_(hidden).sum((2, 3, 4)) / (3 * hidden.sum((1, 2, 3)))
+
+
+def _pick_space(autoencoder: object, *, distance: str, region: str, space: str) -> str:
+    """Check the three names and return the space that ``"auto"`` means for this model."""
+    for name, value in (("distance", distance), ("region", region), ("space", space)):
+        if value not in CHOICES[name]:
+            raise ValueError(f"expected {name} {', '.join(CHOICES[name])}, got {value!r}")
+    if distance == "ssim" and space == "normalized":
+        raise ValueError("distance 'ssim' is defined on pixels: expected space 'auto' or 'pixels', got 'normalized'")
+    if space != "auto":
+        return space
+    return "normalized" if getattr(autoencoder, "norm_pix_loss", False) and distance != "ssim" else "pixels"
+
+
+def _check_model(autoencoder: object) -> None:
+    """Raise a one-line error for what can't reconstruct, with the way out."""
+    if callable(getattr(autoencoder, "reconstruct", None)) and hasattr(autoencoder, "n_tokens"):
+        side = round(autoencoder.n_tokens**0.5)
+        if side**2 != autoencoder.n_tokens:
+            raise ValueError(f"expected a square grid of patches, got n_tokens={autoencoder.n_tokens}")
+    elif isinstance(autoencoder, Encoder):
+        way = "train a decoder over it with attacks.mim.fit_decoder"
+        if not hasattr(autoencoder.module, "patch_embed"):
+            way = "it has no patches to mask, so no decoder can be trained over it either"
+        raise ValueError(f"the MIM attack needs a decoder, got the encoder {autoencoder.name!r} alone: {way}")
+    else:
+        got = "None (this method has no decoder)" if autoencoder is None else type(autoencoder).__name__
+        raise ValueError(f"expected an autoencoder with reconstruct(images, masks) and n_tokens, got {got}")
+
+
+def _check_images(images: np.ndarray | Tensor) -> Tensor:
+    """Return images as (N, 3, H, W), uint8 or float32 in [0, 1]."""
+    images = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    if images.ndim == 4 and images.dtype == torch.uint8 and images.shape[3] == 3:
+        return images.permute(0, 3, 1, 2)
+    if images.ndim != 4 or not images.is_floating_point() or images.shape[1] != 3:
+        got = f"{tuple(images.shape)} {images.dtype}"
+        raise ValueError(f"images: expected (N, H, W, 3) uint8 or (N, 3, H, W) float in [0, 1], got {got}")
+    # NaN fails both comparisons
+    if not ((images >= 0) & (images <= 1)).all():
+        raise ValueError("images: expected finite values in [0, 1], got others: divide 8-bit values by 255")
+    return images.float()
+
+
+def _count_pairs(autoencoder: object, device: torch.device, height: int, width: int) -> int:
+    """Pairs of image and mask per forward, so that activations and differences fit a memory budget."""
+    # CPU: a few MB, where the forward was fastest (activations stay in the cache)
+    budget = 0.3 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 32e6
+    backbone = getattr(autoencoder, "backbone", None)
+    n_patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None) or autoencoder.n_tokens
+    pair_bytes = 4 * (16 * getattr(backbone, "embed_dim", 768) * n_patches + 10 * 3 * height * width)
+    return max(1, min(int(budget / pair_bytes), 65536))
+
+
+@torch.inference_mode()
+def compute_distances(
+    autoencoder: torch.nn.Module,
+    images: np.ndarray | Tensor,
+    *,
+    n_masks: int = 16,
+    mask_ratio: float = 0.75,
+    distance: str = "mse",
+    region: str = "masked",
+    space: str = "auto",
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Distance of every image to its reconstruction from every mask (steps 1-3).
+
+    Arguments as in :func:`score_reconstruction`.
+
+    Returns:
+        (N, M) float64, larger = worse reconstructed; the first columns are those of a smaller M.
+    """
+    space = _pick_space(autoencoder, distance=distance, region=region, space=space)
+    _check_model(autoencoder)
+    images = _check_images(images)
+    masks = draw_masks(n_masks, autoencoder.n_tokens, mask_ratio=mask_ratio, seed=seed)
+    size = getattr(autoencoder, "input_size", None)  # None: takes the images as they are
+    height, width = (size, size) if size else images.shape[-2:]
+    if height % (side := round(autoencoder.n_tokens**0.5)) or width % side:
+        raise ValueError(f"images of {height} x {width} pixels can't be cut into {side} x {side} patches")
+    device = torch.device("cpu")
+    if isinstance(autoencoder, torch.nn.Module):
+        autoencoder.eval()  # dropout would make a score random
+        device = next((p.device for p in autoencoder.parameters()), device)
+    masks = masks.to(device)
+    pairs = batch_size or _count_pairs(autoencoder, device, height, width)
+    chunk = max(1, pairs // n_masks)
+    distances = np.empty((len(images), n_masks))
+    with tqdm(total=len(images), unit="image", desc="reconstruct", disable=not progress, delay=5, leave=False) as bar:
+        for start in range(0, len(images), chunk):
+            x = images[start : start + chunk].to(device)
+            if x.shape[-2:] != (height, width):
+                x = views.make_views(x, [""] * len(x), view="resize", size=size, seed=seed)
+            elif x.dtype == torch.uint8:
+                x = x.float().div_(255.0)
+            reconstruct = _prepare(autoencoder, x)
+            for column in range(0, n_masks, max(1, pairs)):
+                some = masks[column : column + pairs]
+                made = reconstruct(some).float()
+                if made.shape != (len(x), len(some), 3, height, width):
+                    raise ValueError(f"expected reconstructions {tuple(x.shape)} per mask, got {tuple(made.shape)}")
+                got = measure_distance(made, x, some, distance=distance, region=region, space=space)
+                distances[start : start + len(x), column : column + len(some)] = got.cpu().numpy()
+            bar.update(len(x))
+    if not np.isfinite(distances).all():
+        wrong = int((~np.isfinite(distances)).any(1).sum())
+        raise ValueError(
+            f"reconstructions of {wrong} of {len(images)} images are not finite: check the model's weights"
+        )
+    return distances
+
+
+def _prepare(autoencoder: torch.nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return masks (m, L) -> reconstructions (n, m, 3, H, W) of images x, the masks folded into the batch (step 2)."""
+    if hasattr(autoencoder, "embed_patches"):  # the patch embedding is shared by all masks
+        tokens = autoencoder.embed_patches(x)
+        return lambda masks: autoencoder.reconstruct_from(tokens, masks, images=x)
+    n = len(x)
+    return lambda masks: torch.as_tensor(
+        autoencoder.reconstruct(x.repeat_interleave(len(masks), 0), masks.repeat(n, 1))
+    ).unflatten(0, (n, len(masks)))
+
+
+def score_reconstruction(
+    autoencoder: torch.nn.Module,
+    images: np.ndarray | Tensor,
+    *,
+    n_masks: int = 16,
+    mask_ratio: float = 0.75,
+    distance: str = "mse",
+    region: str = "masked",
+    space: str = "auto",
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Score images by how well a masked-image model reconstructs them (steps 1-3).
+
+    Args:
+        autoencoder: has ``reconstruct(images, masks)`` and ``n_tokens`` (``pretrain.Run.decoder``, or anything); it is
+            put into eval mode.
+        images: (N, H, W, 3) uint8, or (N, 3, H, W) float in [0, 1]. Of another size than the model's ``input_size``
+            they are resized by the query transform all attacks use (``views.make_views``, "resize").
+        n_masks: masks per image (M), the same for every image.
+        mask_ratio: share of hidden patches.
+        distance, region: see :func:`measure_distance`.
+        space: ``"auto"`` is ``"normalized"`` for a model trained with ``norm_pix_loss`` (SSIM: pixels), else
+            ``"pixels"``; see :func:`measure_distance`.
+        seed: of the masks.
+        batch_size: pairs of image and mask per forward; None fits it to memory. Changes nothing but speed.
+        progress: show a bar with images/s when it takes longer than five seconds.
+
+    Returns:
+        (N,) float64: minus the mean distance, higher = more likely a member.
+
+    Raises:
+        ValueError: one line on what does not fit.
+    """
+    settings = dict(n_masks=n_masks, mask_ratio=mask_ratio, distance=distance, region=region, space=space, seed=seed)
+    return -compute_distances(autoencoder, images, **settings, batch_size=batch_size, progress=progress).mean(axis=1)
+
+
+def extract_distances(
+    model: torch.nn.Module,
+    images: np.ndarray,
+    *,
+    image_ids: Sequence[str],
+    seed: int,
+    reference: torch.nn.Module | None = None,
+    alpha: float = 1.0,
+    n_masks: int = 16,
+    mask_ratio: float = 0.75,
+    distance: str = "mse",
+    region: str = "masked",
+    space: str = "auto",
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Distance of every image, calibrated where a reference is given: d(x) - alpha d_reference(x) (steps 1-4).
+
+    Args:
+        image_ids: N ids; not used: all images share their masks, so nothing is random per image.
+        reference: another autoencoder, trained on other data: what it can't reconstruct either is hard, not strange.
+        alpha: weight of the reference's distance.
+
+    Further arguments as in :func:`score_reconstruction`; the reference is measured in the model's ``space``.
+
+    Returns:
+        (N, 1) float64, smaller = more likely a member.
+    """
+    if len(image_ids) != len(images):
+        raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
+    settings = dict(n_masks=n_masks, mask_ratio=mask_ratio, distance=distance, region=region, seed=seed)
+    settings |= dict(batch_size=batch_size, progress=progress)
+    space = _pick_space(model, distance=distance, region=region, space=space)
+    d = compute_distances(model, images, **settings, space=space).mean(axis=1)
+    if reference is not None:
+        d = d - alpha * compute_distances(reference, images, **settings, space=space).mean(axis=1)
+    return d[:, None]
+
+
+def score_distances(features: np.ndarray) -> np.ndarray:
+    """Turn distances (N, 1) into scores (N,): higher = more likely a member."""
+    return -np.asarray(features, np.float64)[:, 0]
+
+
+def fit_decoder(
+    encoder: Encoder,
+    images: np.ndarray,
+    *,
+    epochs: int,
+    seed: int = 0,
+    method: str | None = None,
+    mask_ratio: float | None = None,
+    **settings: object,
+) -> torch.nn.Module:
+    """Train the attacker's own decoder over a target that was released without one; the encoder stays as it is.
+
+    Args:
+        encoder: over a timm ViT (any training: MAE, DINO, SimCLR ...) or, with ``"simmim"``, a Swin.
+        images: (N, H, W, 3) uint8, the attacker's own: not the target's members.
+        epochs: passes over them.
+        seed: of the decoder's weights, the order and the masks.
+        method: ``"mae"`` or ``"simmim"``; None: ``"simmim"`` for encoders trained so and for Swin, else ``"mae"``.
+        mask_ratio: share of hidden patches in this training; None: the method's own.
+        settings: further arguments of ``pretrain.fit`` (``batch_size``, ``decoder_dim``, ``progress`` ...).
+
+    Returns:
+        An autoencoder with ``reconstruct``.
+
+    Raises:
+        ValueError: one line when no decoder fits this encoder.
+    """
+    return train_decoder(
+        encoder, images, epochs=epochs, seed=seed, method=method, mask_ratio=mask_ratio, **settings
+    ).decoder
+
+
+def train_decoder(
+    encoder: Encoder,
+    images: np.ndarray,
+    *,
+    epochs: int,
+    seed: int = 0,
+    method: str | None = None,
+    mask_ratio: float | None = None,
+    **settings: object,
+) -> pretrain.Run:
+    """Train as :func:`fit_decoder` does and return the whole training, which can be saved and loaded."""
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"expected an Encoder to train a decoder over, got {type(encoder).__name__}")
+    if method is None:
+        is_swin = hasattr(encoder.module, "patch_embed") and not hasattr(encoder.module, "blocks")
+        method = "simmim" if is_swin or encoder.method == "simmim" else "mae"
+    if mask_ratio is not None:
+        settings["mask_ratio"] = mask_ratio
+    return pretrain.fit(method, images, encoder=encoder, epochs=epochs, seed=seed, **settings)
