@@ -178,6 +178,53 @@ def _measure_loss(transfer: Iterable[Result]) -> float:
     return float(np.mean(same) - np.mean(other))
 
 
+# --- 04
+register_answer(
+    "04-1",
+    lambda answer: _is_near(answer, 0.01, 0.0005),
+    "Average each model's distances over the masks, subtract, and remember that a score is minus a distance.",
+)
+register_answer(
+    "04-2",
+    _is_choice("b"),
+    "Which of the two numbers would change if the attacker moved his threshold, and in which direction does it err?",
+)
+register_answer(
+    "04-3",
+    lambda answer, over_masks: int(answer) == _count_masks(over_masks),
+    "Collect {n_masks: auc}; the reference value is the AUC of the largest M, minus .01.",
+)
+
+
+def _count_masks(over_masks: Iterable[Result]) -> int:
+    auc = {r.meta["params"]["n_masks"]: r.auc for r in over_masks}
+    return min(number for number in auc if auc[number] >= auc[max(auc)] - 0.01)
+
+
+# --- 05
+register_answer(
+    "05-1",
+    lambda answer: _is_near(answer, 435, 0.5),
+    "Each of the 30 views meets 29 others, and every pair was counted twice.",
+)
+register_answer(
+    "05-2",
+    _is_choice("b"),
+    "What exactly was measured, and what would the interval have shown had it been there?",
+)
+register_answer(
+    "05-3",
+    lambda answer, knowledge: _is_near(answer, _measure_training(knowledge), 0.005),
+    "Two lists of result.auc of the vector attacker, told apart by a T after the colon; subtract the means.",
+)
+
+
+def _measure_training(knowledge: Iterable[Result]) -> float:
+    vector = [r for r in knowledge if r.attack == "encodermi-v"]
+    known = [r.auc for r in vector if "T" in r.meta["knowledge"]]
+    return float(np.mean(known) - np.mean([r.auc for r in vector if "T" not in r.meta["knowledge"]]))
+
+
 # --- 08
 register_answer(
     "08-1",

@@ -56,13 +56,15 @@ CONTROL_STYLES = {
     "permuted": {"color": "#909090", "linestyle": (0, (1, 1.5)), "marker": "1"},
 }
 METHOD_MARKERS = {
-    "mae": "o", "simmim": "s", "dino": "^", "moco": "D", "simclr": "v", "supervised": "P", "ibot": "<", "cae": ">",
-    "byol": "p", "clip": "*", "unet": "h", "upernet": "H", "pspnet": "d", "deeplabv3plus": "X",
+    "mae": "o", "simmim": "s", "dino": "^", "moco": "D", "moco-v1": "8", "moco-v2": "d", "simclr": "v",
+    "supervised": "P", "ibot": "<", "cae": ">", "byol": "p", "clip": "*", "unet": "h", "upernet": "H", "pspnet": "4",
+    "deeplabv3plus": "X",
 }  # fmt: skip
 _METHOD_LINES = {"mae": "-", "dino": (0, (6, 1)), "moco": (0, (3, 1, 1, 1)), "simclr": (0, (2, 1))}  # fmt: skip
 METHOD_LABELS = {
-    "mae": "MAE", "simmim": "SimMIM", "dino": "DINO", "moco": "MoCo v3", "simclr": "SimCLR",
-    "supervised": "Supervised", "ibot": "iBOT", "cae": "CAE", "byol": "BYOL", "clip": "CLIP", "unet": "U-Net",
+    "mae": "MAE", "simmim": "SimMIM", "dino": "DINO", "moco": "MoCo v3", "moco-v1": "MoCo v1",
+    "moco-v2": "MoCo v2", "simclr": "SimCLR", "supervised": "Supervised", "ibot": "iBOT", "cae": "CAE",
+    "byol": "BYOL", "clip": "CLIP", "unet": "U-Net",
     "upernet": "UPerNet", "pspnet": "PSPNet", "deeplabv3plus": "DeepLabV3+",
 }  # fmt: skip
 ATTACK_LABELS = {
@@ -633,6 +635,125 @@ def draw_histograms(ax: Axes, frame: pd.DataFrame, *, xlabel: str = "attack scor
         ax.legend(loc="best", handlelength=1.6)
 
 
+def tame_log_axis(ax: Axes, *, axis: str = "x") -> None:
+    """Make one axis logarithmic with few plain numbers as ticks, also where it spans less than a decade."""
+    line = getattr(ax, f"{axis}axis")
+    getattr(ax, f"set_{axis}scale")("log")
+    low, high = sorted(getattr(ax, f"get_{axis}lim")())
+    decades = np.log10(max(high, 1e-12) / max(low, 1e-12))
+    steps = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 5.0)
+    line.set_major_locator(mpl.ticker.LogLocator(subs=steps))
+    line.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: format_value(v, 4).rstrip("0") if v < 1 else f"{v:g}"))
+    line.set_minor_locator(mpl.ticker.NullLocator())
+
+
+_LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)))
+
+
+@_styled
+def draw_lines(
+    ax: Axes, frame: pd.DataFrame, *, ylim: tuple[float, float], xlabel: str, ylabel: str = "AUC", log: bool = False
+) -> None:
+    """Draw several named lines of one attack over a number, each named at its end; controls as grey lines.
+
+    Args:
+        ax: axes.
+        frame: columns ``line, x, value, low, high, attack, control, method, seed``; a control is one value per line,
+            drawn across the panel.
+        ylim: limits of the value axis.
+        xlabel, ylabel: names of the axes.
+        log: logarithmic x axis.
+    """
+    frame = _require(frame, "line", "x", "value", "low", "high")
+    names = list(dict.fromkeys(frame["line"]))
+    draw_chance(ax)
+    if log:
+        ax.set_xscale("log")
+    ends = []
+    for name, style in zip(names, _LINE_STYLES * len(names), strict=False):
+        part = frame[(frame["line"] == name) & (frame["control"] == "")]
+        attack, method = part["attack"].iloc[0], part["method"].iloc[0]
+        color = color_of(attack)
+        seeded = part[part["seed"].notna()]
+        for _, one in seeded.groupby("seed"):
+            one = one.sort_values("x", kind="stable")
+            ax.plot(one["x"], one["value"], color=color, linewidth=0.5, alpha=0.5, linestyle=style)
+        mean = part[part["seed"].isna()].sort_values("x", kind="stable")
+        low, high = mean["low"].astype(float), mean["high"].astype(float)
+        ax.fill_between(mean["x"].astype(float), low, high, color=color, alpha=0.13, linewidth=0)
+        ax.plot(mean["x"], mean["value"], color=color, linestyle=style, marker=marker_of(method), markersize=4.5)
+        ends.append((float(mean["value"].iloc[-1]), name, color))
+    controls = frame[(frame["control"] != "") & frame["seed"].isna()]
+    for control, part in controls.groupby("control", sort=False):
+        style = {key: value for key, value in _line_style("", control).items() if key != "linewidth"}
+        for value in part["value"]:
+            ax.axhline(value, linewidth=0.8, zorder=0.8, **style)
+    drawn = sorted(set(frame.loc[frame["control"] == "", "x"].astype(float)))
+    if log:
+        ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:,g}"))
+        ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    if len(drawn) <= 9:
+        ax.set_xticks(_thin_ticks(drawn, log=log))
+    # names stand at the height of their line's end, moved apart where they would touch
+    low, high = ylim
+    heights = _spread([(value - low) / (high - low) for value, _, _ in ends], gap=0.08)
+    for (_, name, color), height in zip(ends, heights, strict=True):
+        text = "\n".join(textwrap.wrap(name, 22))
+        ax.annotate(
+            text, (1.0, height), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points", va="center",
+            fontsize=7, color=color,
+        )  # fmt: skip
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=ylim)
+    ax.grid(True)
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move positions in [0, 1] apart to at least ``gap``, keeping their order and as much of their place as can be."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.asarray(heights, float)[order]
+    for _ in range(50):
+        for i in range(len(placed) - 1):
+            short = gap - (placed[i + 1] - placed[i])
+            if short > 1e-9:
+                placed[i] -= short / 2
+                placed[i + 1] += short / 2
+    found = np.empty(len(placed))
+    found[order] = placed
+    return found.tolist()
+
+
+def _thin_ticks(values: Sequence[float], *, log: bool) -> list[float]:
+    """Keep those swept values that leave room for their numbers, the last one first."""
+    places = np.log10(values) if log else np.asarray(values, float)
+    room = 0.07 * max(places[-1] - places[0], 1e-9)
+    kept = [len(values) - 1]
+    for i in range(len(values) - 2, -1, -1):
+        if places[kept[-1]] - places[i] >= room:
+            kept.append(i)
+    return [values[i] for i in reversed(kept)]
+
+
+@_styled
+def draw_rates(ax: Axes, frame: pd.DataFrame) -> None:
+    """Draw, per line, which share of the members and which share of the strangers are called members.
+
+    Args:
+        ax: axes; lines as in ``draw_intervals``.
+        frame: columns ``label, tpr, fpr``, one row per label.
+    """
+    frame = _require(frame, "label", "tpr", "fpr")
+    for y, (tpr, fpr) in enumerate(zip(frame["tpr"], frame["fpr"], strict=True)):
+        ax.plot([fpr, tpr], [y, y], color="#BBBBBB", linewidth=1.0, zorder=1)
+        first = y == 0
+        ax.plot(tpr, y, "o", color=MEMBER_COLOR, markersize=4.5, label="members" if first else "")
+        ax.plot(fpr, y, "s", color=STRANGER_COLOR, markersize=4, label="strangers" if first else "")
+    ax.set(xlim=(-0.04, 1.04), xlabel="share called members")
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.1, 0.97), ncols=2, handletextpad=0.1, columnspacing=0.6)
+    ax.grid(True, axis="x")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+
+
 @_styled
 def draw_part_curves(
     ax: Axes, frame: pd.DataFrame, *, xlabel: str = "part rank", ylabel: str = "response", legend: bool = True
@@ -1034,6 +1155,82 @@ def draw_reconstructions(
 
 
 @_styled
+def draw_sorted_reconstructions(
+    originals: np.ndarray,
+    masked: np.ndarray,
+    filled: np.ndarray,
+    *,
+    is_member: np.ndarray,
+    distance: np.ndarray,
+    rank: np.ndarray,
+    everyone: np.ndarray,
+    title: str,
+    image_ids: Sequence[str] | None = None,
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw pictures sorted by an attack's score: original, what the model sees, what it fills in, distance.
+
+    Under them the whole ranking as a bar code: one line per picture, members up, strangers down.
+
+    Args:
+        originals: (n, H, W, 3) uint8 or float in [0, 1], best score first.
+        masked, filled: (n, H, W, 3), in the same order.
+        is_member: (n,) bool; frames the original.
+        distance: (n,) printed under the pictures, small = looks like a member.
+        rank: (n,) position of each picture in the whole ranking, 0 = best score.
+        everyone: (N,) bool, membership of the whole ranking, best score first.
+        title: the finding.
+        image_ids: (n,) names for the table.
+
+    Returns:
+        figure, table ``rank, of, image_id, is_member, distance``.
+    """
+    is_member, everyone, rank = np.asarray(is_member, bool), np.asarray(everyone, bool), np.asarray(rank)
+    n = len(originals)
+    if not len(masked) == len(filled) == len(is_member) == len(distance) == len(rank) == n:
+        got = [len(a) for a in (masked, filled, is_member, distance, rank)]
+        raise ValueError(f"expected {n} masked and filled pictures, memberships, distances and ranks, got {got}")
+    cell = (FULL - 0.8) / n
+    heights = [cell, cell, cell, 0.55]
+    fig = Figure(figsize=(FULL, sum(heights) + 1.15), layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0.02, hspace=0.0)
+    set_title(fig, title)
+    grid = fig.add_gridspec(4, n, height_ratios=heights)
+    for i in range(n):
+        color, line = (MEMBER_COLOR, MEMBER_LINE) if is_member[i] else (STRANGER_COLOR, STRANGER_LINE)
+        for r, images in enumerate((originals, masked, filled)):
+            ax = fig.add_subplot(grid[r, i])
+            ax.imshow(_as_image(images[i]))
+            _bare(ax, *((color, 2.4, line) if r == 0 else ()))
+            if i == 0:
+                ax.set_ylabel(("picture", "what it sees", "what it fills in")[r], fontsize=7)
+            if r == 0:
+                name = "member" if is_member[i] else "stranger"
+                ax.set_title(name, loc="center", fontsize=7, pad=4, color=color, fontweight="bold")
+        ax.set_xlabel(f"d = {format_value(float(distance[i]), 4)}", fontsize=7, labelpad=2)
+    ax = fig.add_subplot(grid[3, :])
+    x = np.arange(len(everyone))
+    ax.vlines(x[everyone], 0, 1, color=MEMBER_COLOR, linewidth=min(1.6, 330 / len(x)))
+    ax.vlines(x[~everyone], -1, 0, color=STRANGER_COLOR, linewidth=min(1.6, 330 / len(x)))
+    ax.plot(rank, np.full(n, 1.25), "v", color="#222222", markersize=4, clip_on=False)
+    ax.set(xlim=(-1, len(x)), ylim=(-1, 1.3), yticks=[0.5, -0.5])
+    ax.set_yticklabels(["members", "strangers"], fontsize=7)
+    for label, color in zip(ax.get_yticklabels(), (MEMBER_COLOR, STRANGER_COLOR), strict=True):
+        label.set_color(color)
+    ax.set_xticks([0, len(x) - 1], ["1", f"{len(x):,}"])
+    ax.set_xlabel("rank by score, smallest distance first (triangles: the pictures above)", fontsize=7, labelpad=0)
+    ax.tick_params(axis="y", length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    table = pd.DataFrame(
+        {
+            "rank": rank + 1, "of": len(everyone), "image_id": list(image_ids) if image_ids is not None else [""] * n,
+            "is_member": is_member.astype(int), "distance": np.asarray(distance, float),
+        }
+    )  # fmt: skip
+    return fig, table
+
+
+@_styled
 def draw_similarity_maps(
     image: np.ndarray,
     box: Sequence[float],
@@ -1080,6 +1277,133 @@ def draw_similarity_maps(
     for ax in flat[len(maps) + 1 :]:
         ax.set_axis_off()
     return fig, pd.concat(tables, ignore_index=True)
+
+
+@_styled
+def draw_views(
+    pictures: np.ndarray,
+    views: np.ndarray,
+    tiles: np.ndarray,
+    frame: pd.DataFrame,
+    *,
+    title: str,
+    row_names: Sequence[str] = ("member", "stranger"),
+    panel_title: str = "",
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw views of a member and a stranger with the similarities of all their pairs, beside a panel of intervals.
+
+    Args:
+        pictures: (2, H, W, 3) member, stranger.
+        views: (2, n, h, w, 3) the first n of their K views.
+        tiles: (2, K, K) similarity of every pair of views; both are drawn on one scale, the diagonal left out of it.
+        frame: rows of the panel on the right, as in ``draw_intervals``.
+        title: the finding.
+        row_names: names of the two pictures.
+        panel_title: over the right panel.
+
+    Returns:
+        figure, table: ``part`` is ``similarity`` (``group, view, other, value``) or ``setting`` (rows of ``frame``).
+    """
+    tiles = np.asarray(tiles.detach().cpu() if hasattr(tiles, "detach") else tiles, float)
+    if len(pictures) != len(row_names) or len(views) != len(row_names) or len(tiles) != len(row_names):
+        raise ValueError(
+            f"expected {len(row_names)} pictures, rows of views and tiles, "
+            f"got {len(pictures)}, {len(views)}, {len(tiles)}"
+        )
+    size = tiles.shape[1]
+    inside = tiles[:, ~np.eye(size, dtype=bool)]
+    n_cols = -(-(len(views[0]) + 1) // 2)
+    fig = Figure(figsize=(FULL, 3.3), layout="constrained")
+    set_title(fig, title)
+    left_half, right_half = fig.add_gridspec(1, 2, width_ratios=[1.5, 1])
+    grid = left_half.subgridspec(2, 2, width_ratios=[1.9, 1])
+    heat = []
+    for r, name in enumerate(row_names):
+        color, line = (MEMBER_COLOR, MEMBER_LINE) if r == 0 else (STRANGER_COLOR, STRANGER_LINE)
+        cells = grid[r, 0].subgridspec(2, n_cols, wspace=0.04, hspace=0.04)
+        for c, image in enumerate([pictures[r], *views[r]]):
+            ax = fig.add_subplot(cells[c // n_cols, c % n_cols])
+            ax.imshow(_as_image(image))
+            _bare(ax, *((color, 2.4, line) if c == 0 else ()))
+            if c == 0:
+                ax.set_title(name, loc="left", fontsize=8, color=color, fontweight="bold", pad=3)
+        ax = fig.add_subplot(grid[r, 1])
+        picture = ax.imshow(tiles[r], vmin=inside.min(), vmax=inside.max())
+        _bare(ax)
+        off = tiles[r][~np.eye(size, dtype=bool)]
+        ax.set_title(f"mean {format_value(off.mean(), 3)}", loc="center", fontsize=7, pad=3)
+        heat.append(ax)
+    bar = fig.colorbar(picture, ax=heat, location="right", fraction=0.08, shrink=0.7, aspect=22, pad=0.03)
+    bar.ax.tick_params(labelsize=6, length=2)
+    bar.outline.set_visible(False)
+    bar.locator = mpl.ticker.MaxNLocator(4)
+    bar.update_ticks()
+    panel = fig.add_subplot(right_half)
+    draw_intervals(panel, frame, annotate="attack")
+    panel.set_title(panel_title)
+    index = np.indices(tiles.shape).reshape(3, -1)
+    pairs = pd.DataFrame(
+        {
+            "part": "similarity", "group": np.asarray(row_names, object)[index[0]], "view": index[1] + 1,
+            "other": index[2] + 1, "value": tiles.ravel(),
+        }
+    )  # fmt: skip
+    return fig, pd.concat([pairs, frame.assign(part="setting")], ignore_index=True)
+
+
+@_styled
+def draw_cells(ax: Axes, frame: pd.DataFrame, *, widths: Mapping[str, float], n_head: int | None = None) -> None:
+    """Draw a table of texts, some cells shaded.
+
+    Args:
+        ax: axes; they are filled.
+        frame: columns ``row, column, text``, and optionally ``note`` (small, under the text), ``shade`` (0 to 1, empty:
+            none) and ``bold``; rows in the order of first appearance.
+        widths: column -> width, from left to right; columns called ``"V|AUC"`` and ``"V|recall"`` stand under one
+            heading ``V``.
+        n_head: rows above this index are set off from those below.
+    """
+    frame = _require(frame, "row", "column", "text")
+    rows = list(dict.fromkeys(frame["row"]))
+    edges = dict(zip(widths, np.cumsum([0.0, *widths.values()]), strict=False))
+    ax.set(xlim=(0, sum(widths.values())), ylim=(len(rows) - 0.5, -2.3))
+    for cell in frame.to_dict("records"):
+        y, x, width = rows.index(cell["row"]), edges[cell["column"]], widths[cell["column"]]
+        shade = cell.get("shade")
+        shade = None if shade is None or not np.isfinite(shade) else float(np.clip(shade, 0, 1))
+        if shade is not None:
+            ax.add_patch(
+                Rectangle(
+                    (x, y - 0.5), width, 1, facecolor=mpl.colormaps["Blues"](0.9 * shade), edgecolor="white",
+                    linewidth=0.8,
+                )
+            )  # fmt: skip
+        ink = "white" if shade is not None and shade > 0.62 else "black"
+        note = cell.get("note") or ""
+        note = note if isinstance(note, str) else ""
+        weight = "bold" if cell.get("bold") is True else "normal"
+        ax.text(
+            x + width / 2, y - (0.14 if note else 0), cell["text"], ha="center", va="center", color=ink, fontsize=7,
+            fontweight=weight,
+        )  # fmt: skip
+        if note:
+            ax.text(x + width / 2, y + 0.25, note, ha="center", va="center", color=ink, fontsize=5.3)
+    groups: dict[str, list[str]] = {}
+    for column in widths:
+        groups.setdefault(column.rpartition("|")[0] or column, []).append(column)
+    for group, columns in groups.items():
+        low, high = edges[columns[0]], edges[columns[-1]] + widths[columns[-1]]
+        grouped = "|" in columns[0]
+        if grouped:
+            ax.text((low + high) / 2, -1.95, group, ha="center", va="center", fontsize=8, fontweight="bold")
+            ax.plot([low + 0.04, high - 0.04], [-1.55] * 2, color="#222222", linewidth=0.7)
+        for column in columns:
+            name = column.rpartition("|")[2]
+            ax.text(edges[column] + widths[column] / 2, -0.95, name, ha="center", va="center", fontsize=6.5)
+    ax.axhline(-0.5, color="#222222", linewidth=0.8)
+    if n_head is not None and 0 < n_head < len(rows):
+        ax.axhline(n_head - 0.5, color="#222222", linewidth=0.8)
+    ax.set_axis_off()
 
 
 @dataclass(frozen=True)
@@ -1236,11 +1560,14 @@ def _draw_content(fig: Figure, ax: Axes, content: Any) -> None:
 
 
 __all__ = [
+    "draw_views",
+    "draw_cells",
     "ATTACK_COLORS", "ATTACK_LABELS", "CONTROL_LABELS", "CONTROL_STYLES", "FULL", "HALF", "MEMBER_COLOR",
     "METHOD_LABELS",
     "METHOD_MARKERS", "STRANGER_COLOR", "STYLE", "Step", "color_of", "command_for", "count_scores", "draw_chance",
-    "draw_guess_grid", "draw_histograms", "draw_intervals", "draw_ladder", "draw_losses", "draw_matrix",
-    "draw_part_curves", "draw_part_responses", "draw_pipeline", "draw_points", "draw_reconstructions", "draw_roc",
-    "draw_similarity_maps", "draw_sweep", "format_interval", "format_table", "format_value", "label_of", "make_figure",
-    "make_legend", "marker_of", "save", "set_title", "show", "use_style", "write_atomic",
+    "draw_guess_grid", "draw_histograms", "draw_intervals", "draw_ladder", "draw_lines", "draw_losses", "draw_matrix",
+    "draw_part_curves", "draw_part_responses", "draw_pipeline", "draw_points", "draw_rates", "draw_reconstructions",
+    "draw_roc", "draw_similarity_maps", "draw_sorted_reconstructions", "draw_sweep", "format_interval", "format_table",
+    "format_value", "label_of", "make_figure", "make_legend", "marker_of", "save", "set_title", "show",
+    "tame_log_axis", "use_style", "write_atomic",
 ]  # fmt: skip

@@ -66,7 +66,7 @@ class MadeUpLab:
 
 
 def make_lab(profile: str = "quick") -> MadeUpLab:
-    """A lab with results for every score-based figure."""
+    """A lab with results for every score-based figure of notebooks 00 to 03 and 08."""
     lab = MadeUpLab(profile)
     for method, auc in AUCS.items():
         main = ("fig00_roc", "fig03_roc", "fig03_knowledge") if method == "mae" else ("fig03_roc", "fig03_knowledge")
@@ -98,6 +98,12 @@ def make_lab(profile: str = "quick") -> MadeUpLab:
         lab.add(0.95, "fig03_released", params={"n_crops": 16}, protocol="released-view", blind=0.9, **sweep)
     for arch in ("vit_micro_patch8_32", "resnet_thin_32"):
         lab.add(0.6, "fig03_arch", method="simclr", arch=arch, model_id=f"simclr-{arch[:3]}-s0")
+    for method in AUCS:
+        for attack, queries in (("partcrop", 65), ("mim", 16), ("encodermi-t", 10)):
+            lab.add(0.7, "fig08_encoders", attack=attack, method=method, queries=queries, params={"n": queries})
+        for masks in (1, 4):
+            facts = dict(attack="mim", method=method, queries=masks, params={"n_masks": masks}, summary=False)
+            lab.add(0.6 + 0.02 * masks, "fig08_queries", **facts)
     for rung, auc in (("released-view", 0.93), ("controlled", 0.5)):
         result = make_result(
             "no-model", auc, len(rung), figures=["fig02_blind_ladder"], rung=rung, summary=False, method=""

@@ -44,7 +44,13 @@ def summarize(lab: Any, *, controls: Sequence[str] = ("no-model", "untrained", "
 )
 def _draw_overview(lab):
     entries = [
-        e for e in summarize(lab) if e.metrics is not None and e.meta.get("protocol") == "controlled" and not e.control
+        e
+        for e in summarize(lab)
+        if e.metrics is not None
+        and e.meta.get("protocol") == "controlled"
+        and not e.control
+        # rows of single studies report on fewer strangers and have figures of their own
+        and e.meta.get("n_nonmembers") is None
     ]
     if not entries:
         raise NotAvailable(f"fig08_hero: no result under the controlled protocol in profile {lab.profile_name}")
@@ -225,9 +231,13 @@ def _draw_queries(lab):
         raise NotAvailable(f"fig08_queries: no target in profile {lab.profile_name} was attacked with several budgets")
     rows = []
     for method, part in panels.items():
-        for e in part:
-            rows += make_rows(e, target=plots.label_of(method), x=float(e.get("queries")))
-    table = pd.DataFrame(rows).drop_duplicates(["target", "attack", "x", "seed"])
+        target, spent = plots.label_of(method), [float(e.get("queries")) for e in part]
+        for e, x in zip(part, spent, strict=True):
+            rows += make_rows(e, target=target, x=x)
+        owner = next((e for e in part if "no-model" in e.controls and e.controls["no-model"].metrics), None)
+        blind = make_rows(owner, controls=("no-model",), target=target) if owner else []  # it spends no query at all
+        rows += [{**r, "x": x} for r in blind if r["control"] and np.isnan(r["seed"]) for x in (min(spent), max(spent))]
+    table = pd.DataFrame(rows).drop_duplicates(["target", "attack", "control", "x", "seed"])
     fig, axes = make_grid(len(panels), sharey=True, height=2.5)
     for ax, target in zip(axes, dict.fromkeys(table["target"]), strict=True):
         plots.draw_sweep(
