@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from mia_utils import artifacts, attacks, paths, profiles, seeds, splits, train
 from mia_utils.attacks import Result, mim
 from mia_utils.datasets import Pool

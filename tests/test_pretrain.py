@@ -20,9 +20,7 @@ def pictures():
 QUEUE = {"moco-v1": {"queue_size": 8}, "moco-v2": {"queue_size": 8}}  # options of methods that need some
 
 
-@pytest.mark.parametrize(
-    ("method", "epochs"), [("mae", 40), ("simclr", 15), ("moco", 40), ("supervised", 25)]
-)
+@pytest.mark.parametrize(("method", "epochs"), [("mae", 40), ("simclr", 15), ("moco", 40), ("supervised", 25)])
 def test_a_method_lowers_its_loss_on_the_members(pictures, method, epochs):
     images, labels = pictures
     outside = dict(heldout=images[64:], heldout_labels=labels[64:])

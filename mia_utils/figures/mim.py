@@ -114,7 +114,7 @@ def measure_accuracy(found: metrics.Result) -> tuple[float, float, float]:
 
 
 def make_accuracy_rows(entry: Entry, *, controls: Sequence[str] = (), **columns: Any) -> list[dict[str, Any]]:
-    """Rows of balanced accuracy at the threshold, as ``make_rows`` makes them of AUC; with accuracy, hits and alarms."""
+    """Rows of balanced accuracy at the threshold, as ``make_rows`` makes them of AUC; with hits and alarms."""
     rows = []
     for part in [entry, *(entry.controls[c] for c in controls if c in entry.controls)]:
         if part.metrics is None or part.metrics.at_threshold is None:
