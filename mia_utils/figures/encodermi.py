@@ -633,7 +633,7 @@ def _draw_test_set(table):
     fig, axes = plots.make_figure(1, 2, height=2.6)
     left, right = axes[0]
     observed = table[table["kind"] == "observed"].set_index("group")
-    null = table[table["kind"] == "null"]
+    null = table[table["kind"] == "dealt"]
     edges = [*null["x"], null["x_high"].iloc[-1]]
     left.stairs(null["value"], edges, fill=True, color="#909090", alpha=0.30)
     for group, (color, line) in colors.items():
@@ -700,7 +700,7 @@ def make_set_table(result: Any, n_mine: int, *, n_draws: int = 100, n_permutatio
     aucs = (sums - n_mine * (n_mine + 1) / 2) / (n_mine * (len(ranks) - n_mine))
     share, edges = np.histogram(aucs, bins=30)
     for value, low, high in zip(share / len(aucs), edges[:-1], edges[1:], strict=True):
-        rows.append({"kind": "null", "group": "", "x": low, "x_high": high, "value": value})
+        rows.append({"kind": "dealt", "group": "", "x": low, "x_high": high, "value": value})
     blind = result.controls.get("no-model")
     if blind is not None and blind.metrics is not None:
         rows.append({"kind": "control", "group": "no-model", "x": blind.auc, "value": blind.p_value})
