@@ -623,7 +623,7 @@ def _draw_audit(table):
 def _draw_test_set(table):
     """Table: ``kind, group, x, x_high, value``.
 
-    ``null``: share of permutations whose AUC lies in [x, x_high); ``observed``: AUC x and p-value; ``draws``: p-values
+    ``chance``: share of permutations whose AUC lies in [x, x_high); ``observed``: AUC x and p-value; ``draws``: p-values
     of many sets, sorted (value) against their rank (x); ``control``: p-value of the same pictures without a model.
     """
     colors = {
