@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mia_utils import attacks, datasets, encoders, metrics, splits
+from mia_utils import attacks, datasets, encoders, metrics, segmenters, splits
 from mia_utils.datasets import folders
 
 FEWEST = 10  # pictures a set: five folds, each with some to fit, to validate and to report
@@ -152,17 +152,7 @@ def compare(
         encoder = encoder.to("cuda") if torch.cuda.is_available() else encoder
     side = size or encoder.input_size
     sets = {name: _read(source, side, name) for name, source in (("suspected", suspected), ("reference", reference))}
-    digests = {name: [hashlib.blake2b(image.tobytes()).digest() for image in part[1]] for name, part in sets.items()}
-    if both := set(digests["suspected"]) & set(digests["reference"]):
-        one = next(iter(both))
-        pair = [str(sets[name][2][digests[name].index(one)]) for name in sets]
-        raise ValueError(
-            f"{len(both)} pictures are in both sets, for example {pair[0]!r} and {pair[1]!r}: remove them from one"
-        )
-    keep = {name: np.sort(np.unique(part, return_index=True)[1]) for name, part in digests.items()}
-    for name, rows in keep.items():
-        if len(rows) < FEWEST:
-            raise ValueError(f"expected at least {FEWEST} different {name} pictures, got {len(rows)}: add some")
+    keep = _find_single(sets)
     pool, split = _join({name: (*part[1:], keep[name]) for name, part in sets.items()}, seed)
     twin = _make_twin(encoder) if untrained == "auto" else untrained
     result = attacks.evaluate(attack, encoder, pool, split, knowledge="partial", untrained=twin, seed=seed, **params)
@@ -175,8 +165,103 @@ def compare(
         result=result,
         set_test=metrics.test_set(result.score[mine], result.score[~mine], seed=seed) if trains_nothing else None,
         level=level,
-        n_dropped=sum(map(len, digests.values())) - len(pool),
+        n_dropped=sum(len(images) for _, images, _ in sets.values()) - len(pool),
     )
+
+
+def compare_segmenter(
+    segmenter: segmenters.Segmenter,
+    suspected: datasets.Pool | str | Path,
+    reference: datasets.Pool | str | Path,
+    *,
+    attack: str = "seg-global-loss",
+    untrained: segmenters.Segmenter | str | None = "auto",
+    size: int | tuple[int, int] | None = None,
+    level: float = 0.01,
+    seed: int = 0,
+    **params: object,
+) -> AuditReport:
+    """Audit a segmenter: as :func:`compare`, with the true classes of every picture at hand.
+
+    Args:
+        segmenter: a Segmenter; ``segmenters.wrap`` makes one of any module or function.
+        suspected: pictures whose use is in question, with label maps: a folder with ``images`` and ``masks`` in it
+            (subfolders are groups, such as the frames of a drive or the pictures of a patient), or a Pool with masks.
+        reference: the same of pictures that were surely not used and are otherwise alike.
+        attack: a registered attack on posteriors. The default trains nothing.
+        untrained: the segmenter's network with fresh weights; ``"auto"``: made where ``segmenter.method`` is known.
+        size: (height, width) the pictures of folders are brought to; None: as they are.
+        level, seed, params: as in :func:`compare`.
+
+    Returns:
+        AuditReport. With groups no picture is exchangeable by itself: the p-value is then that of the AUC, its blocks
+        resampled as a whole.
+
+    Raises:
+        ValueError, FileNotFoundError: one line, as in :func:`compare`; also masks that are missing or do not fit.
+    """
+    if attack not in attacks.ATTACKS:
+        raise ValueError(f"unknown attack {attack!r}: expected one of {', '.join(attacks.ATTACKS)}")
+    if not 0 < level < 1:
+        raise ValueError(f"expected level in (0, 1), got {level}")
+    pools = {}
+    for name, source in (("suspected", suspected), ("reference", reference)):
+        if not isinstance(source, datasets.Pool):
+            source = datasets.load(f"folder:{str(source).removeprefix('folder:')}", size=size)
+        if source.masks is None:
+            raise ValueError(
+                f"{name}: {source.name!r} has no label maps: expected a folder with images and masks in it"
+            )
+        pools[name] = source
+    keep = _find_single({name: (part.name, part.images, part.image_ids) for name, part in pools.items()})
+    pool, is_member = datasets.join_pools(*(part.take(keep[name]) for name, part in pools.items()))
+    nobody = np.empty(0, np.int64)
+    split = splits.Split(
+        target_members=np.flatnonzero(is_member),
+        target_nonmembers=np.flatnonzero(~is_member),
+        shadow_members=nobody,
+        shadow_nonmembers=nobody,
+        utility=nobody,
+        seed=seed,
+        pool_name=pool.name,
+        pool_hash=pool.hash,
+        strata=pool.labels,
+        groups=pool.groups,
+    )
+    if untrained == "auto":
+        known = segmenter.method in segmenters.ARCHS
+        options = {"encoder": segmenter.arch, **segmenter.options} if known else {}
+        untrained = segmenters.make(segmenter.method, segmenter.n_classes, **options) if known else None
+    result = attacks.evaluate(
+        attack, segmenter, pool, split, knowledge="partial", untrained=untrained, seed=seed, **params
+    )
+    mine = result.is_member
+    exchangeable = attacks.ATTACKS[attack].score is not None and pool.groups is None
+    return AuditReport(
+        encoder=segmenter.name,
+        suspected=pools["suspected"].name.removeprefix("folder:"),
+        reference=pools["reference"].name.removeprefix("folder:"),
+        result=result,
+        set_test=metrics.test_set(result.score[mine], result.score[~mine], seed=seed) if exchangeable else None,
+        level=level,
+        n_dropped=sum(map(len, pools.values())) - len(pool),
+    )
+
+
+def _find_single(sets: dict[str, tuple[str, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Positions of the pictures of each set without repetitions; a picture in both sets or a small set is an error."""
+    digests = {name: [hashlib.blake2b(image.tobytes()).digest() for image in part[1]] for name, part in sets.items()}
+    if both := set(digests["suspected"]) & set(digests["reference"]):
+        one = next(iter(both))
+        pair = [str(sets[name][2][digests[name].index(one)]) for name in sets]
+        raise ValueError(
+            f"{len(both)} pictures are in both sets, for example {pair[0]!r} and {pair[1]!r}: remove them from one"
+        )
+    keep = {name: np.sort(np.unique(part, return_index=True)[1]) for name, part in digests.items()}
+    for name, rows in keep.items():
+        if len(rows) < FEWEST:
+            raise ValueError(f"expected at least {FEWEST} different {name} pictures, got {len(rows)}: add some")
+    return keep
 
 
 def _read(source: datasets.Pool | np.ndarray | str | Path, side: int, name: str) -> tuple[str, np.ndarray, np.ndarray]:

@@ -225,6 +225,29 @@ def _measure_training(knowledge: Iterable[Result]) -> float:
     return float(np.mean(known) - np.mean([r.auc for r in vector if "T" not in r.meta["knowledge"]]))
 
 
+# --- 06
+register_answer(
+    "06-1",
+    lambda answer: _is_near(answer, -math.log(0.9 * 0.5 * 0.1) / 3, 0.006),
+    "Three logarithms; over how many pixels is the mean taken?",
+)
+register_answer(
+    "06-2",
+    _is_choice("b"),
+    "What does the victim know of a frame whose neighbor in time it was trained on?",
+)
+register_answer(
+    "06-3",
+    lambda answer, classes: str(answer).strip() == _find_surest(classes),
+    "Keep the rows without a seed, drop the whole picture, and sort by the column low.",
+)
+
+
+def _find_surest(classes: pd.DataFrame) -> str:
+    over_all = classes[classes["seed"].isna() & (classes["class"] != "whole picture")]
+    return str(over_all.loc[over_all["low"].idxmax(), "class"])
+
+
 # --- 08
 register_answer(
     "08-1",

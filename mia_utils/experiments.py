@@ -111,6 +111,7 @@ class Lab:
         protocol: str = "controlled",
         figure: str | None = None,
         epoch: int | None = None,
+        shadow_epoch: int | None = None,
         known_share: float = 1.0,
         n_nonmembers: int | None = None,
         reference: str | None = None,
@@ -130,6 +131,7 @@ class Lab:
             protocol: see ``attacks.evaluate``.
             figure: name of the figure that is drawn from it.
             epoch: attack the checkpoint of this epoch; None: the end of training.
+            shadow_epoch: ask the shadow's checkpoint of this epoch; None: the end of its training.
             known_share: share of the fit images that the attacker knows.
             n_nonmembers: report on so many of the split's strangers, drawn with its seed; None: all. (In sweeps the
                 members decide the width of the interval, so 512 strangers cost a sixth and say nearly as much.)
@@ -157,6 +159,8 @@ class Lab:
             logical["reference"] = reference
         if decoder != "own":
             logical["decoder"] = decoder
+        if shadow_epoch is not None:
+            logical["shadow_epoch"] = shadow_epoch
         label = "-".join(filter(None, [attack, model_id, knowledge.replace(":", "-"), protocol[:8]]))
         path = paths.get_scores_dir(self.profile_name) / f"{label}-{artifacts.hash_spec(logical)}.npz"
         if self.replay:
@@ -197,7 +201,7 @@ class Lab:
             pool,
             split,
             knowledge=knowledge,
-            shadow=ask(shadow, None) if shadow else None,
+            shadow=ask(shadow, shadow_epoch) if shadow else None,
             reference=ask(reference, None) if reference else None,
             untrained=ask(model_id, 0) if controls else None,
             protocol=protocol,
@@ -216,6 +220,11 @@ class Lab:
             utility=run.utility.get("probe", run.utility.get("miou")),
             utility_untrained=run.utility.get("probe_untrained"),
         )
+        facts |= dict(shadow_dataset=self.profile.row(shadow).dataset if shadow else None)
+        attacked = run.history[run.history["epoch"] == (row.epochs if epoch is None else epoch)]
+        for key in ("miou", "miou_members"):  # of a segmenter's checkpoint
+            if key in attacked and len(attacked):
+                facts[key] = float(attacked[key].iloc[-1])
         facts |= dict(figures=sorted(figures), summary=summary)
         for part in (result, *result.controls.values()):
             part.meta.update(facts)
@@ -228,7 +237,10 @@ class Lab:
             {**r.options, "checkpoints": None, "method": r.method, "augmentation": r.augmentation}
             for r in (row, shadow)
         ]
-        same = [row.dataset == shadow.dataset, row.arch == shadow.arch, recipe[0] == recipe[1]]
+        encoder = [(r.arch, r.method if r.method in profiles.SEGMENTERS else "") for r in (row, shadow)]
+        if row.method in profiles.SEGMENTERS:  # their method is the network
+            recipe = [{**part, "method": ""} for part in recipe]
+        same = [row.dataset == shadow.dataset, encoder[0] == encoder[1], recipe[0] == recipe[1]]
         return "".join(letter if ok else "-" for letter, ok in zip("PET", same, strict=True))
 
     def _get_model(self, attack: str, model_id: str, epoch: int | None, *, decoder: str) -> Any:

@@ -48,6 +48,7 @@ ATTACK_COLORS = {
     "seg-full-image": "#2D0A47",
     "seg-global-loss": "#B9A7E0",
     "seg-label-only": "#9A6A00",
+    "seg-type1": "#D8B365",
 }
 _SPARE_COLORS = ("#882255", "#44AA99", "#DDCC77", "#332288", "#117733", "#AA4499", "#88CCEE", "#CC6677")
 CONTROL_STYLES = {
@@ -71,7 +72,7 @@ ATTACK_LABELS = {
     "partcrop": "PartCrop", "partcrop-v2": "PartCrop-v2", "encodermi-v": "EncoderMI-V", "encodermi-s": "EncoderMI-S",
     "encodermi-t": "EncoderMI-T", "lpla": "LpLA", "mim": "MIM attack", "seg-loss-map": "Loss map",
     "seg-concat": "Concatenation", "seg-full-image": "Full image", "seg-global-loss": "Global loss",
-    "seg-label-only": "Label only",
+    "seg-label-only": "Label only", "seg-type1": "Prediction only",
 }  # fmt: skip
 CONTROL_LABELS = {"no-model": "no model", "untrained": "untrained encoder", "permuted": "permuted labels"}
 MEMBER_COLOR, STRANGER_COLOR = "#D81B60", "#1E9A8E"  # apart in lightness and hue for every color vision deficiency
@@ -699,7 +700,7 @@ def draw_lines(
     low, high = ylim
     heights = _spread([(value - low) / (high - low) for value, _, _ in ends], gap=0.08)
     for (_, name, color), height in zip(ends, heights, strict=True):
-        text = "\n".join(textwrap.wrap(name, 22))
+        text = "\n".join(textwrap.wrap(name, 18))
         ax.annotate(
             text, (1.0, height), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points", va="center",
             fontsize=7, color=color,
@@ -1407,6 +1408,146 @@ def draw_cells(ax: Axes, frame: pd.DataFrame, *, widths: Mapping[str, float], n_
     ax.set_axis_off()
 
 
+# Fills of label maps (after the Tableau 20): classes that follow each other differ in hue and in lightness.
+_FILLS = (
+    "#4E79A7", "#F1CE63", "#59A14F", "#E15759", "#A0CBE8", "#9D7660", "#FFBE7D", "#B07AA1", "#8CD17D", "#79706E",
+    "#F28E2B", "#86BCB6", "#D37295", "#B6992D", "#FABFD2", "#499894", "#FF9D9A", "#BAB0AC", "#D4A6C8", "#D7B5A6",
+)  # fmt: skip
+
+
+def paint_labels(labels: Any, *, void: int = 255) -> np.ndarray:
+    """Color a label map.
+
+    Args:
+        labels: (..., H, W) integer class ids.
+        void: id of pixels without a class, left white.
+
+    Returns:
+        (..., H, W, 3) uint8.
+    """
+    labels = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels).astype(int)
+    fills = np.array([[int(fill[i : i + 2], 16) for i in (1, 3, 5)] for fill in _FILLS], np.uint8)
+    painted = fills[labels % len(fills)]
+    painted[labels == void] = 255
+    return painted
+
+
+def paint_heat(values: Any, *, end: float) -> np.ndarray:
+    """Color numbers from 0 to ``end`` on the book's scale, the same for all maps of a sheet. (...) -> (..., 3) uint8"""
+    values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, float)
+    return (255 * mpl.colormaps[STYLE["image.cmap"]](values / max(end, 1e-12))[..., :3]).round().astype(np.uint8)
+
+
+@_styled
+def draw_loss_maps(
+    images: np.ndarray,
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    loss_maps: np.ndarray,
+    *,
+    is_member: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+    image_ids: Sequence[str] | None = None,
+    void: int = 255,
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw pictures with their labels, predictions and loss maps, members left and strangers right, on one scale.
+
+    Args:
+        images: (n, H, W, 3) uint8.
+        labels, predicted: (n, H, W) class ids.
+        loss_maps: (n, h, w) loss of every pixel, 0 where the label is void.
+        is_member: (n,) bool.
+        class_names: C names.
+        title: the finding.
+        image_ids: (n,) names for the table.
+        void: id of pixels without a class.
+
+    Returns:
+        figure, table ``image_id, is_member, mean_loss, share_wrong, scale_end``.
+    """
+    is_member, labels, predicted = np.asarray(is_member, bool), np.asarray(labels), np.asarray(predicted)
+    maps = np.asarray(loss_maps, float)
+    n = len(images)
+    if not len(labels) == len(predicted) == len(maps) == len(is_member) == n:
+        got = [len(a) for a in (labels, predicted, maps, is_member)]
+        raise ValueError(f"expected {n} label maps, predictions, loss maps and memberships, got {got}")
+    order = np.argsort(~is_member, kind="stable")
+    valid = labels != void
+    wrong = [float((predicted[i] != labels[i])[valid[i]].mean()) if valid[i].any() else np.nan for i in range(n)]
+    # the mean over valid pixels, also where large maps were averaged over cells
+    mean = [float(maps[i].mean() / max(valid[i].mean(), 1e-9)) for i in range(n)]
+    end = max(float(np.percentile(maps, 99)), 1e-3)
+    left, bar, gap = 0.2, 0.52, 0.12  # inches: names of the rows, scale, space between the two sides
+    cell = (FULL - left - bar - gap) / n
+    aspect = images.shape[1] / images.shape[2]
+    side = cell * aspect
+    n_member = int(is_member.sum())
+    widths = [cell] * n_member + [gap] + [cell] * (n - n_member) + [0.1]
+    shown = sorted(set(np.unique(labels[valid])) | set(np.unique(predicted)))
+    fills = [Patch(facecolor=_FILLS[c % len(_FILLS)], label=str(class_names[c])) for c in shown]
+    if not valid.all():
+        fills.append(Patch(facecolor="white", edgecolor="#777777", linewidth=0.5, label="void"))
+    lines = -(-len(fills) // 8)
+    fig = Figure(figsize=(FULL, 4 * side + 0.72 + 0.16 * lines), layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.025, h_pad=0.02, wspace=0.01, hspace=0.01)
+    set_title(fig, title)
+    grid = fig.add_gridspec(4, n + 2, width_ratios=widths)
+    names = ("picture", "true classes", "predicted", "loss map")
+    for place, i in enumerate(order):
+        color, line = (MEMBER_COLOR, MEMBER_LINE) if is_member[i] else (STRANGER_COLOR, STRANGER_LINE)
+        column = place + int(not is_member[i])
+        rows = (_as_image(images[i]), paint_labels(labels[i], void=void), paint_labels(predicted[i], void=void))
+        for r, content in enumerate((*rows, maps[i])):
+            ax = fig.add_subplot(grid[r, column])
+            drawn = ax.imshow(content, vmin=0, vmax=end) if r == 3 else ax.imshow(content)
+            _bare(ax, *((color, 1.8, line) if r == 0 else ()))
+            if place == 0:
+                ax.set_ylabel(names[r], fontsize=7)
+            if r == 0:
+                name = "member" if is_member[i] else "stranger"
+                ax.set_title(name, loc="center", fontsize=7, pad=4, color=color, fontweight="bold")
+        ax.set_xlabel(format_value(mean[i]), fontsize=7, labelpad=2)
+    scale = fig.colorbar(drawn, cax=fig.add_subplot(grid[3, -1]), extend="max")
+    scale.ax.tick_params(labelsize=6, length=2)
+    scale.set_label("loss", fontsize=6.5, labelpad=2)
+    fig.legend(
+        handles=fills, loc="outside lower left", ncols=-(-len(fills) // lines), fontsize=6.5, handlelength=1.0,
+        handleheight=0.9, columnspacing=1.0, handletextpad=0.4,
+    )  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "image_id": list(image_ids) if image_ids is not None else [""] * n, "is_member": is_member.astype(int),
+            "mean_loss": mean, "share_wrong": wrong, "scale_end": end,
+        }
+    )  # fmt: skip
+    return fig, table.iloc[order].reset_index(drop=True)
+
+
+@_styled
+def draw_pairs(ax: Axes, frame: pd.DataFrame, *, xlabel: str, legend: bool = True) -> None:
+    """Draw one value of members and one of strangers per line, joined, beside the lines of ``draw_intervals``.
+
+    Args:
+        ax: axes.
+        frame: columns ``label, member, stranger``, one row per label.
+        xlabel: name of the value.
+        legend: name the two marks.
+    """
+    frame = _require(frame, "label", "member", "stranger")
+    for y, (member, stranger) in enumerate(zip(frame["member"], frame["stranger"], strict=True)):
+        ax.plot([member, stranger], [y, y], color="#BBBBBB", linewidth=1.0, zorder=1)
+        ax.plot(member, y, "o", color=MEMBER_COLOR, markersize=4.5, label="members" if y == 0 else "")
+        ax.plot(stranger, y, "s", color=STRANGER_COLOR, markersize=4, label="strangers" if y == 0 else "")
+    ax.set(xlabel=xlabel, ylim=(len(frame) - 0.4, -0.6))
+    ax.set_xlim(0, 1.06 * max(float(frame[["member", "stranger"]].max().max()), 1e-9))
+    if legend:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.1, columnspacing=0.8)
+    ax.grid(True, axis="x")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+
+
 @dataclass(frozen=True)
 class Step:
     """One box of ``draw_pipeline``.
@@ -1561,14 +1702,12 @@ def _draw_content(fig: Figure, ax: Axes, content: Any) -> None:
 
 
 __all__ = [
-    "draw_views",
-    "draw_cells",
     "ATTACK_COLORS", "ATTACK_LABELS", "CONTROL_LABELS", "CONTROL_STYLES", "FULL", "HALF", "MEMBER_COLOR",
-    "METHOD_LABELS",
-    "METHOD_MARKERS", "STRANGER_COLOR", "STYLE", "Step", "color_of", "command_for", "count_scores", "draw_chance",
-    "draw_guess_grid", "draw_histograms", "draw_intervals", "draw_ladder", "draw_lines", "draw_losses", "draw_matrix",
-    "draw_part_curves", "draw_part_responses", "draw_pipeline", "draw_points", "draw_rates", "draw_reconstructions",
-    "draw_roc", "draw_similarity_maps", "draw_sorted_reconstructions", "draw_sweep", "format_interval", "format_table",
-    "format_value", "label_of", "make_figure", "make_legend", "marker_of", "save", "set_title", "show",
+    "METHOD_LABELS", "METHOD_MARKERS", "STRANGER_COLOR", "STYLE", "Step", "color_of", "command_for", "count_scores",
+    "draw_cells", "draw_chance", "draw_guess_grid", "draw_histograms", "draw_intervals", "draw_ladder", "draw_lines",
+    "draw_loss_maps", "draw_losses", "draw_matrix", "draw_pairs", "draw_part_curves", "draw_part_responses",
+    "draw_pipeline", "draw_points", "draw_rates", "draw_reconstructions", "draw_roc", "draw_similarity_maps",
+    "draw_sorted_reconstructions", "draw_sweep", "draw_views", "format_interval", "format_table", "format_value",
+    "label_of", "make_figure", "make_legend", "marker_of", "paint_heat", "paint_labels", "save", "set_title", "show",
     "tame_log_axis", "use_style", "write_atomic",
 ]  # fmt: skip

@@ -118,7 +118,7 @@ class Profile(_Strict):
     train_jobs: int | None = Field(default=None, gt=0)
     datasets: dict[str, dict[str, Any]] = {}
     split: dict[str, int] = {}
-    splits: dict[str, dict[str, int]] = {}
+    splits: dict[str, dict[str, int | str]] = {}  # text: the rule of splits.draw
     models: list[Row] = []
     notebooks: dict[str, dict[str, Any]] = {}
     needs: dict[str, dict[str, list[str | int]]] = {}
@@ -137,7 +137,7 @@ class Profile(_Strict):
         close = difflib.get_close_matches(str(model_id), ids, n=3, cutoff=0.4) or ids[:3]
         raise ValueError(f"profile {self.name} has no model {model_id!r}; close: {', '.join(close) or 'it has none'}")
 
-    def get_split(self, dataset: str) -> dict[str, int]:
+    def get_split(self, dataset: str) -> dict[str, int | str]:
         """Return the arguments of ``splits.draw`` for a data set (the number of members is the row's)."""
         return {**self.split, **self.splits.get(dataset, {})}
 

@@ -32,6 +32,7 @@ from mia_utils.datasets.segmentation_sets import join_pools, map_labels  # noqa:
 
 VOID = 255  # label of pixels without a class, in every pool
 SCENE_STYLES = ("scenes", "scenes-night", "scenes-sketch")
+CARELESS = ("frames", "official")  # NAME@frames, NAME@official: a film as it should not be split
 CAMVID_BLOCK = 8  # consecutive frames that are never split: neighbors are near twins
 ARRAYS = (
     "images",
@@ -159,7 +160,8 @@ def load(
 
     Args:
         name: a name of ``list_names()``, ``folder:PATH`` (with ``images`` and ``masks`` in it: pairs), or the name of
-            an npz file in ``root``. ``NAME@SPACE`` maps the masks to ``cityscapes``, ``camvid`` or ``scenes`` classes.
+            an npz file in ``root``. ``NAME@SPACE`` maps the masks to ``cityscapes``, ``camvid`` or ``scenes`` classes;
+            ``NAME@frames`` forgets the groups, ``NAME@official`` cuts them at the border of the official split.
         root: folder of downloads and caches; None is ``MIA_DATA_DIR``, else ``data/raw``. ``scenes`` need none.
         size: height = width in pixels, or (height, width); scenes are drawn at this size (None: 32), others are
             scaled to cover it and center-cropped (Pillow bicubic; masks nearest). None keeps what is stored.
@@ -177,6 +179,8 @@ def load(
         raise ValueError(f"expected the name of a data set, got {name!r}: one of {', '.join(list_names())}")
     if "@" in name and not name.startswith("folder:"):  # the same pictures, their masks in another label space
         source, _, space = name.partition("@")
+        if space in CARELESS:
+            return _split_carelessly(load(source, root, size=size, n=n, seed=seed), space)
         return map_labels(load(source, root, size=size, n=n, seed=seed), space)
     height_width = _check_size(size)
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
@@ -224,6 +228,19 @@ def load(
             keep = seeds.rng(seed, "datasets.load", name).choice(len(pool), size=n, replace=False)
             pool = pool.take(np.sort(keep))
     return _resize(pool, height_width)
+
+
+def _split_carelessly(pool: Pool, how: str) -> Pool:
+    """The same pictures, to be split as they should not be: notebook 06 shows what comes of it."""
+    if pool.groups is None:
+        raise ValueError(f"{pool.name}@{how}: data set {pool.name!r} has no groups, its images are split one by one")
+    if how == "frames":  # drawn one by one, as if neighbors in a film were independent
+        return replace(pool, name=f"{pool.name}@frames", groups=None)
+    if pool.official_split is None:
+        raise ValueError(f"{pool.name}@official: data set {pool.name!r} has no official split")
+    # the official border may cut a block: its two sides are different groups here
+    groups = np.strings.add(pool.groups, np.strings.add("-", pool.official_split))
+    return replace(pool, name=f"{pool.name}@official", groups=groups)
 
 
 def to_float(images: np.ndarray) -> torch.Tensor:

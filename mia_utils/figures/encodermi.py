@@ -623,8 +623,8 @@ def _draw_audit(table):
 def _draw_test_set(table):
     """Table: ``kind, group, x, x_high, value``.
 
-    ``chance``: share of permutations whose AUC lies in [x, x_high); ``observed``: AUC x and p-value; ``draws``: p-values
-    of many sets, sorted (value) against their rank (x); ``control``: p-value of the same pictures without a model.
+    ``chance``: share of permutations whose AUC lies in [x, x_high); ``observed``: AUC x and p-value; ``draws``: sorted
+    p-values of many sets (value) by rank (x); ``control``: p-value of the same pictures without a model.
     """
     colors = {
         "members": (plots.MEMBER_COLOR, plots.MEMBER_LINE),

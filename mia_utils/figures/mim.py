@@ -100,6 +100,16 @@ def _load(lab: Any, *names: str, controls: Sequence[str] = ("no-model", "untrain
     return [e for e in load_entries(lab, *names, controls=controls) if e.metrics is not None]
 
 
+def _keep_largest(entries: Sequence[Entry]) -> list[Entry]:
+    """Keep, of results that differ in the number of strangers only, the one with the most (another run had fewer)."""
+    best: dict[tuple, Entry] = {}
+    for e in entries:
+        key = (e.meta["model"], e.meta["knowledge"], e.meta.get("shadow"))
+        if key not in best or e.metrics.n_nonmembers > best[key].metrics.n_nonmembers:
+            best[key] = e
+    return [e for e in entries if any(e is kept for kept in best.values())]
+
+
 def measure_accuracy(found: metrics.Result) -> tuple[float, float, float]:
     """Balanced accuracy at the threshold of a result, with its interval.
 
@@ -156,7 +166,7 @@ def _make_rate_rows(entry: Entry, *, controls: Sequence[str] = (), **columns: An
     needs="masked-image targets",
 )
 def _draw_histograms(lab):
-    entries = _load(lab, "fig04_histograms")
+    entries = _keep_largest(_load(lab, "fig04_histograms"))
     names = name_models(lab, entries)
     fig, axes = make_grid(len(entries), height=1.75)
     tables, said = [], []
@@ -246,7 +256,7 @@ def _draw_roc(lab):
     needs="masked-image targets",
 )
 def _draw_table(lab):
-    entries = _load(lab, "fig04_table", controls=_CONTROLS)
+    entries = _keep_largest(_load(lab, "fig04_table", controls=_CONTROLS))
     names = name_models(lab, entries)
     tables: dict[str, list] = {"AUC": [], "TPR at 1 % FPR": [], "accuracy": []}
     for model, target in names.items():
@@ -265,9 +275,8 @@ def _draw_table(lab):
                     tables["accuracy"] += [r for r in found if r["control"] == control]
     table = pd.concat([pd.DataFrame(rows).assign(measure=name) for name, rows in tables.items()], ignore_index=True)
     kept = [name for name, rows in tables.items() if rows]
-    n_lines = table["label"].nunique()
-    fig, axes = plots.make_figure(1, len(kept), height=0.175 * n_lines + 0.95, sharey=True)
     lines = list(dict.fromkeys(table["label"]))
+    fig, axes = plots.make_figure(1, len(kept), height=0.165 * len(lines) + 0.95, sharey=True)
     for ax, name in zip(axes[0], kept, strict=True):
         chance = 0.01 if name.startswith("TPR") else 0.5
         xlabel = "balanced accuracy,\nthreshold from a shadow" if name == "accuracy" else name
@@ -276,17 +285,21 @@ def _draw_table(lab):
         part = pd.concat([part, missing], ignore_index=True)
         part = part.sort_values("label", key=lambda column: column.map(lines.index), kind="stable")
         plots.draw_intervals(ax, part, xlabel=xlabel, chance=chance)
-        if chance == 0.5:
-            ax.set_xlim(*pick_limits(part))
-        else:
-            ax.set_xlim(left=-0.01)
+        ax.set_xlim(*(pick_limits(part) if chance == 0.5 else (-0.03, 1.03)))
+        ax.set_xticks([tick for tick in (0.0, 0.5, 1.0) if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])
+    # a control stands under its target, so its line needs no longer name
+    axes[0, 0].set_yticks(range(len(lines)), [line.partition(": ")[2] or line for line in lines])
+    for line, text in zip(lines, axes[0, 0].get_yticklabels(), strict=True):
+        text.set(color="#777777" if ": " in line else "black", fontweight="normal" if ": " in line else "bold")
     leads = [next(e for e in entries if e.meta["model"] == model) for model in names]
+    leads.sort(key=lambda e: e.metrics.auc)
     said = {True: [], False: []}
     for e in leads:
         said[e.metrics.auc_low > 0.5].append(f"{names[e.meta['model']]} ({format_auc(e)})")
-    text = f"The MIM attack finds members of {'; '.join(said[True])}" if said[True] else ""
-    if said[False]:
-        text += f". Not shown: {'; '.join(said[False])}" if text else f"No members found: {'; '.join(said[False])}"
+    text = f"MIM attack: above chance on {len(said[True])} of {len(leads)} targets"
+    if said[True]:
+        text += f", {' to '.join(dict.fromkeys((said[True][0], said[True][-1])))}"
+    text += f"; not shown on {'; '.join(said[False])}" if said[False] else ""
     plots.set_title(fig, text)
     return fig, table[["measure", *[c for c in table.columns if c != "measure"]]]
 
@@ -487,15 +500,15 @@ def _draw_size(lab):
         return profiles.ARCH_COST.get(str(entry.meta["arch"]), (0, np.nan))[1]
 
     entries.sort(key=lambda e: (str(e.meta["method"]), count(e)))
-    rows, said = [], []
+    rows, said = [], {}
     for e in entries:
         target = plots.label_of(e.meta["method"])
         label = f"{name_arch(str(e.meta['arch']))}, {count(e):.2g} M, {_get_epoch(e):,} epochs"
         rows += make_rows(e, controls=("untrained", "no-model"), target=target, label=label, millions=count(e))
-        said.append(f"{target} {name_arch(str(e.meta['arch']))} {format_auc(e)}")
+        said.setdefault(target, []).append(f"{name_arch(str(e.meta['arch']))} {format_auc(e)}")
     table = pd.DataFrame(rows)
     fig = draw_choices(table)
-    plots.set_title(fig, f"AUC by size and structure: {join_words(said)}")
+    plots.set_title(fig, "AUC: " + "; ".join(f"{target} {', '.join(found)}" for target, found in said.items()))
     plots.make_legend(fig, table, lines=False)
     return fig, table
 
