@@ -286,7 +286,7 @@ def _draw_table(lab):
         part = part.sort_values("label", key=lambda column: column.map(lines.index), kind="stable")
         plots.draw_intervals(ax, part, xlabel=xlabel, chance=chance)
         ax.set_xlim(*(pick_limits(part) if chance == 0.5 else (-0.03, 1.03)))
-        ax.set_xticks([tick for tick in (0.0, 0.5, 1.0) if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])
+        _thin_auc_ticks(ax)
     # a control stands under its target, so its line needs no longer name
     axes[0, 0].set_yticks(range(len(lines)), [line.partition(": ")[2] or line for line in lines])
     for line, text in zip(lines, axes[0, 0].get_yticklabels(), strict=True):
@@ -588,37 +588,52 @@ def _is_own(entry: Entry) -> bool:
     needs="a masked-image target with a shadow",
 )
 def _draw_relaxations(lab):
-    entries = _load(lab, "fig04_relaxations")
-    labels = {id(e): _name_shadow(lab, e) for e in entries}
-    entries.sort(key=lambda e: (e.meta["knowledge"] != "partial", e.meta["knowledge"] != "shadow:PET"))
-    auc, accuracy = [], []
-    for e in entries:
-        facts = dict(label=labels[id(e)], knowledge=e.meta["knowledge"])
-        auc += make_rows(e, controls=("untrained", "no-model"), **facts)
-        accuracy += make_accuracy_rows(e, controls=("untrained", "no-model"), **facts)
-    auc, accuracy = pd.DataFrame(auc), pd.DataFrame(accuracy)
-    n = len(entries)
-    fig, axes = plots.make_figure(1, 3, height=0.36 * n + 1.1, sharey=True, width_ratios=[1, 1, 0.7])
-    plots.draw_intervals(axes[0, 0], auc, annotate="attack")
-    axes[0, 0].set_xlim(*pick_limits(auc))
-    axes[0, 0].set_title("score quality")
-    plots.draw_intervals(axes[0, 1], accuracy, annotate="attack", xlabel="balanced accuracy")
-    axes[0, 1].set_xlim(*pick_limits(accuracy))
-    axes[0, 1].set_title("with the threshold of ...")
-    plots.draw_rates(axes[0, 2], accuracy[(accuracy["control"] == "") & accuracy["seed"].isna()])
-    shadows = [e for e in entries if e.meta["knowledge"] != "partial"]
-    found = sorted(shadows, key=lambda e: e.metrics.balanced_accuracy)
-    text = f"AUC {format_auc(entries[0])} whatever sets the threshold"
-    if found:
-        best, worst = found[-1], found[0]
-        value = plots.format_value
-        text += f"; balanced accuracy {value(best.metrics.balanced_accuracy)} ({labels[id(best)]})"
-        if worst is not best:
-            text += f" to {value(worst.metrics.balanced_accuracy)} ({labels[id(worst)]})"
-    plots.set_title(fig, text)
-    plots.make_legend(fig, auc, lines=False)
-    both = pd.concat([auc.assign(measure="AUC"), accuracy.assign(measure="balanced accuracy")], ignore_index=True)
-    return fig, both[["measure", *[c for c in both.columns if c != "measure"]]]
+    entries = _load(lab, "fig04_relaxations", "fig04_relaxations_early")
+    stages = dict(reversed(_find_stages(entries).items()))  # the end of training first
+    counts = [len(part) for part in stages.values()]
+    fig, axes = plots.make_figure(
+        len(stages), 3, height=0.34 * sum(counts) + 0.75 * len(stages) + 0.6, sharey="row",
+        width_ratios=[1, 1, 0.7], height_ratios=counts,
+    )  # fmt: skip
+    tables, said = [], []
+    for (left, middle, right), (epoch, part) in zip(axes, stages.items(), strict=True):
+        part.sort(key=lambda e: (e.meta["knowledge"] != "partial", e.meta["knowledge"] != "shadow:PET"))
+        auc, accuracy, reached = [], [], {}
+        for e in part:
+            facts = dict(label=_name_shadow(lab, e), knowledge=e.meta["knowledge"], epoch=epoch)
+            auc += make_rows(e, controls=("untrained", "no-model"), **facts)
+            accuracy += make_accuracy_rows(e, controls=("untrained", "no-model"), **facts)
+            reached[facts["label"]] = e.metrics.balanced_accuracy
+        auc, accuracy = pd.DataFrame(auc), pd.DataFrame(accuracy)
+        plots.draw_intervals(left, auc, annotate="attack")
+        left.set_xlim(*pick_limits(auc))
+        left.set_title(f"after {epoch:,} epochs: score quality")
+        plots.draw_intervals(middle, accuracy, annotate="attack", xlabel="balanced accuracy")
+        middle.set_xlim(*pick_limits(accuracy))
+        middle.set_title("with the threshold of ...")
+        plots.draw_rates(right, accuracy[(accuracy["control"] == "") & accuracy["seed"].isna()])
+        for ax in (left, middle):
+            _thin_auc_ticks(ax)
+        best, worst = max(reached, key=reached.get), min(reached, key=reached.get)
+        ends = [plots.format_value(reached[name]) for name in (best, worst)]
+        text = f"{ends[0]} with every threshold"
+        if ends[0] != ends[1]:
+            text = f"{ends[0]} ({best}) to {ends[1]} ({worst})"
+        said.append(f"after {epoch:,} epochs AUC {format_auc(part[0])}, balanced accuracy {text}")
+        tables += [auc.assign(measure="AUC"), accuracy.assign(measure="balanced accuracy")]
+    plots.set_title(fig, "; ".join(said).replace("after", "After", 1))
+    table = pd.concat(tables, ignore_index=True)
+    plots.make_legend(fig, table, lines=False)
+    first = ["epoch", "measure", "label"]
+    return fig, table[[*first, *[c for c in table.columns if c not in first]]]
+
+
+def _thin_auc_ticks(ax) -> None:
+    """Few ticks, because three panels share the width."""
+    low, high = ax.get_xlim()
+    step = 0.25 if high - low > 0.35 else 0.1
+    ticks = [k * step for k in range(round(1 / step) + 1) if low <= k * step <= high]
+    ax.set_xticks(ticks, [plots.format_value(tick, 2 if step == 0.25 else 1) for tick in ticks])
 
 
 def _name_shadow(lab: Any, entry: Entry) -> str:
@@ -648,10 +663,9 @@ def _draw_calibration(lab):
             rows["TPR at 1 % FPR"] += _make_rate_rows(e, **facts)
             if str(e.meta["knowledge"]).startswith("shadow"):
                 rows["balanced accuracy"] += make_accuracy_rows(e, **facts)
-        ends = f"{format_auc(part[0])} without, {format_auc(part[-1])} with {_name_alpha(part[-1])}"
-        said.append(
-            f"after {epoch:,} epochs AUC {ends}" + (" (intervals overlap)" if overlap(part[0], part[-1]) else "")
-        )
+        ends = ", ".join(f"{format_auc(e)} ({_name_alpha(e)})" for e in part)
+        same = len(part) > 1 and all(overlap(part[0], e) for e in part[1:])
+        said.append(f"after {epoch:,} epochs AUC {ends}" + (", intervals overlap" if same else ""))
     kept = [name for name, found in rows.items() if found]
     table = pd.concat([pd.DataFrame(found).assign(measure=m) for m, found in rows.items()], ignore_index=True)
     lines = list(dict.fromkeys(table["label"]))
@@ -664,11 +678,9 @@ def _draw_calibration(lab):
         chance = 0.01 if name.startswith("TPR") else 0.5
         xlabel = "balanced accuracy,\nthreshold from a shadow" if name == "balanced accuracy" else name
         plots.draw_intervals(ax, part, xlabel=xlabel, chance=chance, annotate="attack")
-        if chance == 0.5:
-            ax.set_xlim(*pick_limits(part))
-        else:
-            ax.set_xlim(left=-0.01)
-    plots.set_title(fig, f"Calibrated by a reference: {'; '.join(said)}")
+        ax.set_xlim(*(pick_limits(part) if chance == 0.5 else (-0.03, 1.03)))
+        _thin_auc_ticks(ax)
+    plots.set_title(fig, "; ".join(said).replace("after", "Calibration: after", 1))
     plots.make_legend(fig, table, lines=False)
     return fig, table[["measure", *[c for c in table.columns if c != "measure"]]]
 
