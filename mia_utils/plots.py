@@ -1314,7 +1314,8 @@ def draw_views(
         )
     size = tiles.shape[1]
     inside = tiles[:, ~np.eye(size, dtype=bool)]
-    n_cols = -(-(len(views[0]) + 1) // 2)
+    n_rows = max(1, round(np.sqrt((len(views[0]) + 1) / 1.6)))  # the sheet is wider than high
+    n_cols = -(-(len(views[0]) + 1) // n_rows)
     fig = Figure(figsize=(FULL, 3.3), layout="constrained")
     set_title(fig, title)
     left_half, right_half = fig.add_gridspec(1, 2, width_ratios=[1.5, 1])
@@ -1322,7 +1323,7 @@ def draw_views(
     heat = []
     for r, name in enumerate(row_names):
         color, line = (MEMBER_COLOR, MEMBER_LINE) if r == 0 else (STRANGER_COLOR, STRANGER_LINE)
-        cells = grid[r, 0].subgridspec(2, n_cols, wspace=0.04, hspace=0.04)
+        cells = grid[r, 0].subgridspec(n_rows, n_cols, wspace=0.04, hspace=0.04)
         for c, image in enumerate([pictures[r], *views[r]]):
             ax = fig.add_subplot(cells[c // n_cols, c % n_cols])
             ax.imshow(_as_image(image))
@@ -1343,6 +1344,11 @@ def draw_views(
     panel = fig.add_subplot(right_half)
     draw_intervals(panel, frame, annotate="attack")
     panel.set_title(panel_title)
+    methods = [m for m in dict.fromkeys(frame.get("method", ())) if m]
+    if len(methods) > 1:
+        style = dict(linestyle="none", color="#444444", markersize=4.5)
+        handles = [Line2D([], [], marker=marker_of(m), label=label_of(m), **style) for m in methods]
+        fig.legend(handles=handles, loc="outside lower right", ncols=len(methods), handletextpad=0.2)
     index = np.indices(tiles.shape).reshape(3, -1)
     pairs = pd.DataFrame(
         {

@@ -49,6 +49,20 @@ _AUGMENTATIONS = {
 _QUERY_ORDER = ("none", "flip", "crop-weak", "crop", "simclr-weak", "simclr", "dino")
 
 
+def find_blind(entries: Sequence[Entry]) -> Entry | None:
+    """Return the highest no-model control above chance on a target: then no attack on it may be claimed."""
+    controls = [e.controls.get("no-model") for e in entries]
+    found = [c for c in controls if c is not None and c.metrics is not None and leaks(c)]
+    return max(found, key=lambda c: c.metrics.auc, default=None)
+
+
+def say_blind(panels: Sequence[tuple[str, Sequence[Entry]]]) -> str:
+    """Name the targets whose pictures alone tell members from strangers; empty where there is none."""
+    found = [(target, find_blind(part)) for target, part in panels]
+    said = [f"{target} the no-model row is {say_interval(blind)}" for target, blind in found if blind is not None]
+    return f"; on {join_words(said)}" if said else ""
+
+
 def get_letters(entry: Entry) -> str:
     """Return what the attacker shares with the target, as ``"PE-"``; empty for partial knowledge."""
     knowledge = str(entry.meta.get("knowledge", ""))
@@ -79,27 +93,25 @@ def load_settings(lab: Any, name: str = "fig05_knowledge") -> list[tuple[str, di
     return found
 
 
-def make_setting_rows(lab: Any, *, model: str = "", attacks: Sequence[str] = ("encodermi-v",)) -> pd.DataFrame:
-    """Rows for ``plots.draw_intervals``: the knowledge settings of one target from the top, its controls below.
+def make_setting_rows(lab: Any, *, attack: str = "encodermi-v") -> pd.DataFrame:
+    """Rows for ``plots.draw_intervals``: the knowledge settings from the top, every target side by side, then controls.
 
     Args:
         lab: what ``experiments.open`` returns.
-        model: the target's id without its seed; empty: the first.
-        attacks: drawn side by side on each line.
+        attack: the attacker that is shown.
     """
-    targets = load_settings(lab)
-    picked = [cells for _, cells in targets if next(iter(cells.values())).meta.get("model") == model]
-    cells = (picked or [targets[0][1]])[0]
-    rows = []
+    targets, rows = load_settings(lab), []
     for letters in SETTINGS:
-        for attack in attacks:
+        for target, cells in targets:
             if (letters, attack) in cells:
-                rows += make_rows(cells[letters, attack], label=name_setting(letters), letters=letters)
+                head = {"label": name_setting(letters), "letters": letters, "target": target}
+                rows += make_rows(cells[letters, attack], **head)
     for control in ("untrained", "no-model"):
-        owner = next((e for e in cells.values() if e.meta["attack"] in attacks and control in e.controls), None)
-        if owner is not None:
-            label = plots.label_of(control).removesuffix(" encoder")
-            rows += [r for r in make_rows(owner, controls=(control,), label=label, letters="") if r["control"]]
+        for target, cells in targets:
+            owner = next((e for (_, a), e in cells.items() if a == attack and control in e.controls), None)
+            if owner is not None:
+                head = {"label": plots.label_of(control).removesuffix(" encoder"), "letters": "", "target": target}
+                rows += [r for r in make_rows(owner, controls=(control,), **head) if r["control"]]
     return pd.DataFrame(rows)
 
 
@@ -127,7 +139,7 @@ def _draw_similarities(lab):
                 continue
             first = one.results[0]  # one model's similarities: another seed has another scale
             bins = plots.count_scores(first.score, first.is_member, bins=20)
-            plots.draw_histograms(ax, bins, xlabel="mean similarity" if row else "", legend=row == column == 0)
+            plots.draw_histograms(ax, bins, xlabel="mean similarity" if row else "", legend=False)
             ax.set_ylabel("share of images" if column == 0 else "")
             head = target if row == 0 else "untrained"
             ax.set_title(f"{head}\nAUC {say_interval(one)}", fontsize=7)
@@ -140,6 +152,8 @@ def _draw_similarities(lab):
     more = "more" if member > stranger else "no more"
     text = f"Views of a member agree {more} than those of a stranger: mean {member:.3f} against {stranger:.3f}"
     plots.set_title(fig, f"{text} on {target}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower left", ncols=2, handlelength=1.8)
     table = pd.concat(tables, ignore_index=True)
     return fig, table[["kind", "target", "control", *[c for c in table if c not in ("kind", "target", "control")]]]
 
@@ -172,12 +186,17 @@ def _draw_variants(lab):
     fig = draw_choices(table)
     shadow = [(t, [e for e in part if e.meta.get("knowledge") != "partial"]) for t, part in panels]
     best = [(t, max(part, key=lambda e: e.metrics.auc_low)) for t, part in shadow if part]
-    said = [f"{t} {plots.label_of(e.meta['attack'])} ({format_auc(e)})" for t, e in best if leaks(e)]
-    none = [t for t, e in best if not leaks(e)]
-    text = (
-        f"Trained on a shadow, above chance: {'; '.join(said)}" if said else "Trained on a shadow, none is above chance"
-    )
-    plots.set_title(fig, text + (f"; not shown on {join_words(none)}" if said and none else ""))
+    blind = {t for t, part in panels if find_blind(part) is not None}
+    works = [leaks(e) and t not in blind for t, e in best]
+    said = [
+        f"{t} {plots.label_of(e.meta['attack'])} ({format_auc(e)})"
+        for (t, e), ok in zip(best, works, strict=True)
+        if ok
+    ]
+    none = [t for (t, _), ok in zip(best, works, strict=True) if not ok]
+    text = f"above chance: {'; '.join(said)}" if said else "no attack is shown to work"
+    text += f"; not shown on {join_words(none)}" if said and none else ""
+    plots.set_title(fig, f"Trained on a shadow, {text}{say_blind(panels)}")
     plots.make_legend(fig, table, lines=False)
     return fig, table
 
@@ -223,7 +242,7 @@ def _draw_table(lab):
         axes[0, 1].set_axis_off()
     above = [e for _, part in panels for e in part if leaks(e)]
     total = sum(len(part) for _, part in panels)
-    plots.set_title(fig, f"{len(above)} of {total} results lie above chance; controls below each target's attacks")
+    plots.set_title(fig, f"{len(above)} of {total} results have an interval above chance{say_blind(panels)}")
     return fig, table
 
 
@@ -374,6 +393,9 @@ def _say_knowledge(targets: Sequence[tuple[str, dict[tuple[str, str], Entry]]]) 
             words.append(f"{format_auc(mine['---'])} knowing none")
         if {"PET", "---"} <= set(mine) and overlap(mine["PET"], mine["---"]):
             words[-1] += " (the intervals overlap)"
+        lowest = min(mine, key=lambda letters: mine[letters].metrics.auc)
+        if mine[lowest].metrics.auc_high < 0.5:  # the attacker learned to take members for strangers
+            words.append(f"turned around to {format_auc(mine[lowest])} with {name_setting(lowest)}")
         parts.append(f"{target}: {', '.join(words)}" if words else f"{target}: {len(mine)} settings")
     return "AUC of the vector attacker on " + "; on ".join(parts)
 
@@ -399,7 +421,12 @@ def _draw_views(lab):
 )
 def _draw_measure(lab):
     order = ("cosine", "euclidean", "pearson")
-    return draw_choice(lab, "fig05_measure", lambda e: e.get("measure"), say="measure", order=order)
+    words = {"cosine": "the cosine", "euclidean": "minus the distance", "pearson": "Pearson's correlation"}
+
+    def say(entry: Entry) -> str:
+        return f"{words.get(entry.get('measure'), entry.get('measure'))} ({plots.label_of(entry.meta['attack'])})"
+
+    return draw_choice(lab, "fig05_measure", lambda e: e.get("measure"), say=say, order=order)
 
 
 @figure(
@@ -457,25 +484,23 @@ def _name_views(name: Any) -> str:
 )
 def _draw_n_train(lab):
     entries = [e for e in load_entries(lab, "fig05_n_train") if e.metrics is not None]
-    sizes = {
-        m: {e.meta["n_train"] for e in entries if e.meta["method"] == m} for m in {e.meta["method"] for e in entries}
-    }
+    sizes: dict[str, set[int]] = {}
+    for e in entries:
+        sizes.setdefault(e.meta["method"], set()).add(e.meta["n_train"])
     rows = []
     for e in entries:
         several = len(sizes[e.meta["method"]]) > 1
         share, n = float(e.get("known_share", 1.0)), float(e.meta["n_train"])
         label = plots.label_of(e.meta["method"])
         if several and share == 1.0 and e.meta.get("knowledge") == "partial":
-            panel, x = f"{label}: members that trained it", n
+            panel, x = f"{label}, by training set", n
         elif several:
             continue
         else:
             partial = e.meta.get("knowledge") == "partial"
             # cross-fitting leaves four fifths of the target's members to learn from, a shadow has its own
-            panel, x = (
-                f"{label}: members known, {'partial' if partial else 'shadow'}",
-                n * share * (0.8 if partial else 1),
-            )
+            panel = f"{label}, {'some members known' if partial else 'from a shadow'}"
+            x = n * share * (0.8 if partial else 1)
         rows += [dict(r, panel=panel) for r in make_rows(e, controls=("no-model", "untrained"), x=x)]
     if not rows:
         raise NotAvailable("fig05_n_train: no result of different sizes in this profile")
@@ -493,10 +518,9 @@ def _draw_n_train(lab):
     for panel in panels:
         part = table[(table["panel"] == panel) & (table["control"] == "") & table["seed"].isna()].sort_values("x")
         part = part[part["attack"] == part["attack"].iloc[0]]
-        ends = part.iloc[[0, -1]]
-        words = [f"{plots.format_value(r.value)} at {r.x:.0f}" for r in ends.itertuples()]
-        said.append(f"{panel}: AUC {' and '.join(dict.fromkeys(words))}")
-    plots.set_title(fig, "; ".join(said))
+        words = dict.fromkeys(f"{plots.format_value(r.value)} at {r.x:.0f}" for r in part.iloc[[0, -1]].itertuples())
+        said.append(f"{panel}, {plots.label_of(part['attack'].iloc[0])} {' and '.join(words)}")
+    plots.set_title(fig, "AUC by number of members. " + "; ".join(said))
     plots.make_legend(fig, table, seeds=True)
     return fig, table
 
@@ -517,6 +541,9 @@ def _draw_epochs(table):
     said = []
     for column, target in enumerate(targets):
         part = table[(table["target"] == target) & ~utility]
+        known = part["control"] == "no-model"  # asked of no model: the same at every epoch
+        spread = [part[known].drop_duplicates("control").assign(x=x) for x in (part["x"].min(), part["x"].max())]
+        part = pd.concat([part[~known], *spread], ignore_index=True)
         top, bottom = axes[:, column]
         plots.draw_sweep(top, part, xlabel="", ylabel="AUC of the attack" if column == 0 else "", log=True)
         top.set_title(target)
@@ -610,7 +637,8 @@ def _draw_audit(table):
         ax.set_xlim(*pick_limits(table))
         verdicts.append((audit, str(part["verdict"].iloc[0])))
         ax.set_title(f"{audit}: {verdicts[-1][1]}")
-    plots.set_title(fig, "The no-model control speaks first. " + "; ".join(f"{a}: {v}" for a, v in verdicts))
+    said = "; ".join(f"{audit} is {verdict}" for audit, verdict in verdicts)
+    plots.set_title(fig, f"The no-model control speaks first: {said}")
     return fig, table
 
 
@@ -623,7 +651,7 @@ def _draw_audit(table):
 def _draw_test_set(table):
     """Table: ``kind, group, x, x_high, value``.
 
-    ``chance``: share of permutations whose AUC lies in [x, x_high); ``observed``: AUC x and p-value; ``draws``: sorted
+    ``dealt``: share of permutations whose AUC lies in [x, x_high); ``observed``: AUC x and p-value; ``draws``: sorted
     p-values of many sets (value) by rank (x); ``control``: p-value of the same pictures without a model.
     """
     colors = {
@@ -638,19 +666,18 @@ def _draw_test_set(table):
     left.stairs(null["value"], edges, fill=True, color="#909090", alpha=0.30)
     for group, (color, line) in colors.items():
         if group in observed.index:
-            x, p = observed.loc[group, ["x", "value"]]
-            left.axvline(x, color=color, linestyle=line, linewidth=1.8, label=f"{group}: p = {format_p(p)}")
+            left.axvline(observed.loc[group, "x"], color=color, linestyle=line, linewidth=1.8)
         draws = table[(table["kind"] == "draws") & (table["group"] == group)].sort_values("x")
         right.plot(draws["x"], draws["value"], color=color, linestyle=line, label=f"sets of {group}")
     left.set(xlabel="AUC of the set against the reference", ylabel="share of permutations")
-    left.legend(loc="upper left", handlelength=1.6)
-    left.set_ylim(top=1.35 * null["value"].max())
+    left.set_ylim(top=1.1 * null["value"].max())
     left.set_title("grey: the same pictures dealt anew")
     right.plot([0, 1], [0, 1], color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)))
     right.set(xlabel="rank of the set, as a share", ylabel="p-value", xlim=(0, 1), ylim=(0, 1.02))
     right.set_title("many sets: strangers follow the diagonal")
-    right.legend(loc="upper left", handlelength=1.8)
     right.grid(True)
+    handles, labels = right.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower left", ncols=2, handlelength=2.4)
     text = "; ".join(
         f"{group} p = {format_p(observed.loc[group, 'value'])}" for group in colors if group in observed.index
     )
