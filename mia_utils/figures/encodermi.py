@@ -93,14 +93,17 @@ def load_settings(lab: Any, name: str = "fig05_knowledge") -> list[tuple[str, di
     return found
 
 
-def make_setting_rows(lab: Any, *, attack: str = "encodermi-v") -> pd.DataFrame:
-    """Rows for ``plots.draw_intervals``: the knowledge settings from the top, every target side by side, then controls.
+def make_setting_rows(lab: Any, *, model: str = "", attack: str = "encodermi-v") -> pd.DataFrame:
+    """Rows for ``plots.draw_intervals``: the knowledge settings from the top, targets side by side, then controls.
 
     Args:
         lab: what ``experiments.open`` returns.
+        model: one target, its id without the seed; empty: every target.
         attack: the attacker that is shown.
     """
     targets, rows = load_settings(lab), []
+    if model:
+        targets = [(t, cells) for t, cells in targets if next(iter(cells.values())).meta.get("model") == model]
     for letters in SETTINGS:
         for target, cells in targets:
             if (letters, attack) in cells:
