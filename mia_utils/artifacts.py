@@ -6,6 +6,7 @@ versions, device and seconds are provenance: recorded, never compared. Nothing h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,19 @@ def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | N
         raise ValueError(f"can't write to {root} ({error.strerror}): free space or give the right to write") from None
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def hold(name: str) -> Iterator[None]:
+    """Hold the lock of this name among all processes of a working folder, waiting for it as long as it takes."""
+    root = paths.get_artifact_dirs()[0] / ".unfinished"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f"{name}.lock").acquire()
+    except OSError as error:
+        raise ValueError(f"can't write to {root} ({error.strerror}): free space or give the right to write") from None
+    with lock:
+        yield
 
 
 def fingerprint_data(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

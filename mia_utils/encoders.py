@@ -135,10 +135,19 @@ class Encoder:
         return f"Encoder({self.name}: {self.method or 'unknown method'}, {self.arch}, {size} px, {grid})"
 
 
-def make_backbone(arch: str, *, seed: int = 0, pretrained: bool = False) -> nn.Module:
+def make_backbone(
+    arch: str, *, seed: int = 0, pretrained: bool = False, dropout: float | None = None, drop_path: float | None = None
+) -> nn.Module:
     """Build a backbone without a head: an alias of ``ARCHS``, or any timm name.
 
     The weights come from a private random stream: the global random state is left as it was.
+
+    Args:
+        arch: its name.
+        seed: of the weights; the same for every ``dropout`` and ``drop_path``.
+        pretrained: let timm download its weights.
+        dropout: share of values that a ViT drops in training, after its projections and positions; None: timm's.
+        drop_path: share of residual branches dropped in the last block, growing linearly up to it; None: timm's.
     """
     base, changes = ARCHS.get(arch, (arch, {}))
     family = base.split("_")[0]
@@ -148,6 +157,7 @@ def make_backbone(arch: str, *, seed: int = 0, pretrained: bool = False) -> nn.M
         settings |= dict(global_pool="", dynamic_img_size=True)
     elif family in ("swin", "swinv2"):
         settings |= dict(strict_img_size=False)
+    settings |= _name_regularizers(arch, family, dropout=dropout, drop_path=drop_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -160,6 +170,23 @@ def make_backbone(arch: str, *, seed: int = 0, pretrained: bool = False) -> nn.M
             module.maxpool = nn.Identity()
             nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
     return module
+
+
+def _name_regularizers(arch: str, family: str, *, dropout: float | None, drop_path: float | None) -> dict[str, float]:
+    """Return timm's arguments for dropout and drop-path of a family of backbones."""
+    known = {"dropout": ("proj_drop_rate", "pos_drop_rate"), "drop_path": ("drop_path_rate",)}
+    settings = {}
+    for option, value in (("dropout", dropout), ("drop_path", drop_path)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"expected {option} from 0 to below 1, got {value!r}")
+        if family not in ("vit", "deit", "deit3") and not (option == "drop_path" and family in ("swin", "resnet")):
+            raise ValueError(
+                f"option {option} does not fit {arch}: expected a plain ViT (drop_path: also Swin, ResNet)"
+            )
+        settings |= dict.fromkeys(known[option], value)
+    return settings
 
 
 def _read_tokens(module: nn.Module, prefix: int) -> Callable[[Tensor], tuple[Tensor | None, Tensor]]:

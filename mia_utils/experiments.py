@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from mia_utils import artifacts, attacks, paths, profiles, seeds, splits, train
+from mia_utils import artifacts, attacks, defenses, paths, profiles, seeds, splits, train
 from mia_utils.attacks import Result, mim
 from mia_utils.datasets import Pool
 from mia_utils.pretrain import Run
 from mia_utils.profiles import Profile, Row
 from mia_utils.splits import Split
 
-DECODER_IMAGES, DECODER_EPOCHS = 512, 200  # of a decoder that the attacker trains himself
+DECODER_IMAGES = 512  # of a decoder that the attacker trains himself
 
 
 def open(profile: str, *, replay: bool = False) -> Lab:  # noqa: A001 - experiments.open is the public name
@@ -51,17 +51,42 @@ class Lab:
     # ------------------------------------------------------------------------------------------ rows and models
 
     def rows(self, **filters: Any) -> list[Row]:
-        """Return the rows whose fields equal the filters, in the profile's order: ``rows(role="target", seed=0)``."""
+        """Return the rows whose fields equal the filters, in the profile's order: ``rows(role="target", seed=0)``.
+
+        Defended rows come only when they are asked for: ``rows(defense="dp-sgd")``, ``rows(study="defenses")``.
+        """
+        if not {"defense", "study"} & set(filters):
+            filters["defense"] = "none"
         return [row for row in self.profile.models if all(getattr(row, k) == v for k, v in filters.items())]
 
     def shadow_of(self, model_id: str, *, method: str | None = None) -> str | None:
         """Return the id of a shadow on the same split (of the same method unless another is named), None if absent."""
         row = self.profile.row(model_id)
         wanted = dict(role="shadow", dataset=row.dataset, n_train=row.n_train, seed=row.seed, defense=row.defense)
-        found = self.rows(**wanted, method=method or row.method)
-        # the same architecture first, and the plain recipe before its variants
-        found.sort(key=lambda shadow: (shadow.arch != row.arch, shadow.study not in ("main", row.study)))
+        found = [r for r in self.rows(**wanted, method=method or row.method) if r.strength == row.strength]
+
+        def differs(shadow: Row) -> tuple:  # the same architecture first, then the same options, the plain recipe
+            options = [{k: v for k, v in r.options.items() if k != "checkpoints"} for r in (row, shadow)]
+            return shadow.arch != row.arch, options[0] != options[1], shadow.study not in ("main", row.study)
+
+        found.sort(key=differs)
         return found[0].id if found else None
+
+    def undefended_of(self, model_id: str) -> str:
+        """Return the id of the row that a defended row differs from by its defense alone.
+
+        Raises:
+            ValueError: the profile has no such row.
+        """
+        row = self.profile.row(model_id)
+        if row.defense == "none":
+            return model_id
+        same = ("role", "method", "arch", "dataset", "n_train", "seed")
+        found = self.rows(defense="none", **{key: getattr(row, key) for key in same})
+        found.sort(key=lambda r: (r.augmentation != "none", r.epochs != row.epochs, r.study not in ("main", row.study)))
+        if not found:
+            raise ValueError(f"profile {self.profile_name} has no undefended row for {model_id}: add one")
+        return found[0].id
 
     def pool(self, dataset: str) -> Pool:
         """Load a data set with the profile's arguments, once."""
@@ -116,6 +141,10 @@ class Lab:
         n_nonmembers: int | None = None,
         reference: str | None = None,
         decoder: str = "own",
+        decoder_epochs: int = 200,
+        defense: str | None = None,
+        strength: float | None = None,
+        attacker: str = "adaptive",
         summary: bool = True,
         controls: bool = True,
         **params: Any,
@@ -138,6 +167,12 @@ class Lab:
             reference: id of a row of role ``reference``, for attacks that calibrate by its answers.
             decoder: for attacks that ask for reconstructions: the model's ``"own"`` decoder, or one that the
                 ``"attacker"`` trains over the frozen encoder on images outside all roles (``Split.reference``).
+            decoder_epochs: epochs of the attacker's decoder, at most those of the row.
+            defense: a defense that needs no row of its own: a name of ``defenses.OUTPUTS`` (what the model answers is
+                disturbed, and what the shadow answers), or ``"early-stopping"`` (both as they were at an epoch).
+            strength: how strong it is, in the units of the defense; the epoch for early stopping.
+            attacker: ``"adaptive"`` learned from defended answers; ``"static"`` learned his network and his threshold
+                before there was a defense, be it this one or that of the row. Undefended, there is only one.
             summary: whether it enters the summary table (sweeps do not).
             controls: run the three controls beside it.
             params: parameters of the attack.
@@ -146,6 +181,9 @@ class Lab:
             Result, its meta filled with what tables and figures need.
         """
         row = self.profile.row(model_id)
+        if defense == "early-stopping":
+            epoch = shadow_epoch = int(strength)
+        static = _check_attacker(attacker, defended=defense is not None or row.defense != "none")
         if knowledge.startswith("shadow"):
             shadow = shadow or self.shadow_of(model_id)
             if shadow is None:
@@ -153,19 +191,26 @@ class Lab:
                     f"profile {self.profile_name} has no shadow for {model_id}: add a row with role shadow"
                 )
             knowledge = "shadow:" + self._compare(row, self.profile.row(shadow))
+        else:
+            shadow_epoch = None
         logical = dict(attack=attack, model_id=model_id, knowledge=knowledge, shadow=shadow, protocol=protocol)
         logical |= dict(epoch=epoch, known_share=known_share, n_nonmembers=n_nonmembers, params=params)
-        if reference is not None:
-            logical["reference"] = reference
-        if decoder != "own":
-            logical["decoder"] = decoder
-        if shadow_epoch is not None:
-            logical["shadow_epoch"] = shadow_epoch
+        # named only where they are used, so that scores saved before there were such choices keep their names
+        logical |= {"reference": reference} if reference is not None else {}
+        logical |= {"decoder": decoder} if decoder != "own" else {}
+        logical |= {"decoder_epochs": decoder_epochs} if decoder != "own" and decoder_epochs != 200 else {}
+        logical |= {"shadow_epoch": shadow_epoch} if shadow_epoch is not None else {}
+        logical |= {"defense": defense, "strength": strength} if defense is not None else {}
+        plain, plain_shadow = None, None  # whom a static attacker learned from
+        if static:
+            plain = self.undefended_of(model_id)
+            plain_shadow = self.shadow_of(plain) if shadow else None
+            logical["learned_from"] = [plain, plain_shadow]
         label = "-".join(filter(None, [attack, model_id, knowledge.replace(":", "-"), protocol[:8]]))
         path = paths.get_scores_dir(self.profile_name) / f"{label}-{artifacts.hash_spec(logical)}.npz"
         if self.replay:
             return self._read(path)
-        used = [name for name in (model_id, shadow, reference) if name]
+        used = [name for name in (model_id, shadow, reference, plain, plain_shadow) if name]
         folders = {name: self._folder(name) for name in used}
         identity = artifacts.hash_spec(
             logical
@@ -177,59 +222,92 @@ class Lab:
             }
             | {"models": [folder.name for folder in folders.values()]}
         )
-        figures = {figure} - {None}
-        if path.is_file() and (saved := self._read(path)).meta.get("identity") == identity:
-            if not controls or saved.controls:
-                return self._tag(saved, path, figure, summary)
-            figures |= set(saved.meta["figures"])  # the same scores again, now with controls
-            summary = summary or saved.meta["summary"]
-        run, pool = self.model(model_id), self.pool(row.dataset)
-        split = Split.load(folders[model_id] / "split.npz")
-        other = Split.load(folders[shadow] / "split.npz") if shadow else split
-        from_elsewhere = shadow is not None and self.profile.row(shadow).dataset != row.dataset
-        if other.hash != split.hash and not from_elsewhere:
-            raise ValueError(f"{shadow} was trained on another split than {model_id}: train both rows again")
-        if n_nonmembers is not None and n_nonmembers < len(split.target_nonmembers):
-            order = seeds.rng(split.seed, "fewer-strangers").permutation(split.target_nonmembers)
-            split = dataclasses.replace(split, target_nonmembers=np.sort(order[:n_nonmembers]))
-        if from_elsewhere:
-            pool, split = splits.join(pool, split, self.pool(self.profile.row(shadow).dataset), other)
-        ask = functools.partial(self._get_model, attack, decoder=decoder)
-        result = attacks.evaluate(
-            attack,
-            ask(model_id, epoch),
-            pool,
-            split,
-            knowledge=knowledge,
-            shadow=ask(shadow, shadow_epoch) if shadow else None,
-            reference=ask(reference, None) if reference else None,
-            untrained=ask(model_id, 0) if controls else None,
-            protocol=protocol,
-            seed=row.seed,
-            cache=_cache_features,
-            controls=controls,
-            known_share=known_share,
-            **params,
-        )
-        facts = dict(model_id=model_id, method=row.method, arch=row.arch, dataset=row.dataset, seed=row.seed)
-        facts |= dict(n_train=row.n_train, epochs=row.epochs, augmentation=row.augmentation, defense=row.defense)
-        facts |= dict(attack=attack, epoch=epoch, known_share=known_share, n_nonmembers=n_nonmembers)
-        facts |= dict(attacker="static", identity=identity, shadow=shadow, reference=reference, decoder=decoder)
-        facts |= dict(shadow_method=self.profile.row(shadow).method if shadow else None, train_seconds=run.seconds)
-        facts |= dict(
-            utility=run.utility.get("probe", run.utility.get("miou")),
-            utility_untrained=run.utility.get("probe_untrained"),
-        )
-        facts |= dict(shadow_dataset=self.profile.row(shadow).dataset if shadow else None)
-        attacked = run.history[run.history["epoch"] == (row.epochs if epoch is None else epoch)]
-        for key in ("miou", "miou_members"):  # of a segmenter's checkpoint
-            if key in attacked and len(attacked):
-                facts[key] = float(attacked[key].iloc[-1])
-        facts |= dict(figures=sorted(figures), summary=summary)
-        for part in (result, *result.controls.values()):
-            part.meta.update(facts)
-        result.save(path)
-        return self._remember(path, result)
+        with artifacts.hold(
+            f"scores-{self.profile_name}-{path.stem}"
+        ):  # notebooks side by side ask for the same scores
+            figures = {figure} - {None}
+            if path.is_file() and (saved := self._read(path)).meta.get("identity") == identity:
+                if not controls or saved.controls:
+                    return self._tag(saved, path, figure, summary)
+                figures |= set(saved.meta["figures"])  # the same scores again, now with controls
+                summary = summary or saved.meta["summary"]
+            run, pool = self.model(model_id), self.pool(row.dataset)
+            split = Split.load(folders[model_id] / "split.npz")
+            other = Split.load(folders[shadow] / "split.npz") if shadow else split
+            from_elsewhere = shadow is not None and self.profile.row(shadow).dataset != row.dataset
+            if other.hash != split.hash and not from_elsewhere:
+                raise ValueError(f"{shadow} was trained on another split than {model_id}: train both rows again")
+            if n_nonmembers is not None and n_nonmembers < len(split.target_nonmembers):
+                order = seeds.rng(split.seed, "fewer-strangers").permutation(split.target_nonmembers)
+                split = dataclasses.replace(split, target_nonmembers=np.sort(order[:n_nonmembers]))
+            if from_elsewhere:
+                pool, split = splits.join(pool, split, self.pool(self.profile.row(shadow).dataset), other)
+            ask = functools.partial(self._get_model, attack, decoder=decoder, decoder_epochs=decoder_epochs)
+            guard = functools.partial(_defend, defense=defense, strength=strength)
+            guarded = defense is not None and defense != "early-stopping"
+            result = attacks.evaluate(
+                attack,
+                guard(ask(model_id, epoch), seed=row.seed),
+                pool,
+                split,
+                knowledge=knowledge,
+                shadow=guard(ask(shadow, shadow_epoch), seed=seeds.derive(row.seed, "shadow")) if shadow else None,
+                reference=ask(reference, None) if reference else None,
+                untrained=guard(ask(model_id, 0), seed=row.seed) if controls else None,
+                protocol=protocol,
+                seed=row.seed,
+                cache=_cache_features,
+                controls=controls,
+                known_share=known_share,
+                learned_from=(ask(plain, None), ask(plain_shadow, None) if shadow else None) if static else None,
+                **params,
+            )
+            facts = dict(model_id=model_id, method=row.method, arch=row.arch, dataset=row.dataset, seed=row.seed)
+            facts |= dict(n_train=row.n_train, epochs=row.epochs, augmentation=row.augmentation)
+            facts |= dict(attack=attack, epoch=epoch, known_share=known_share, n_nonmembers=n_nonmembers)
+            facts |= dict(identity=identity, shadow=shadow, reference=reference, decoder=decoder)
+            facts |= dict(defense=defense or row.defense, strength=row.strength if defense is None else strength)
+            defended = facts["defense"] != "none"
+            facts["attacker"] = attacker if defended else "static"  # there was no defense to adapt to
+            facts |= dict(shadow_method=self.profile.row(shadow).method if shadow else None, train_seconds=run.seconds)
+            utility = self.measure(model_id, defense=defense, strength=strength) if defense else run.utility
+            facts["utility"] = utility.get("probe", utility.get("miou"))
+            facts["utility_untrained"] = run.utility.get("probe_untrained")
+            if defended:
+                facts["knn"] = utility.get("knn")
+            facts |= dict(shadow_dataset=self.profile.row(shadow).dataset if shadow else None)
+            attacked = run.history[run.history["epoch"] == (row.epochs if epoch is None else epoch)]
+            for key in ("miou", "miou_members"):  # of a segmenter's checkpoint
+                if key in attacked and len(attacked):
+                    facts[key] = utility[key] if guarded else float(attacked[key].iloc[-1])
+            facts |= dict(figures=sorted(figures), summary=summary)
+            for part in (result, *result.controls.values()):
+                part.meta.update(facts)
+            result.save(path)
+            return self._remember(path, result)
+
+    def measure(self, model_id: str, *, defense: str | None = None, strength: float | None = None) -> dict[str, float]:
+        """Measure what a model is good for, disturbed by a defense without a row; kept on disk.
+
+        Returns:
+            dict: ``knn`` and ``probe`` accuracy of an encoder, ``miou``, ``miou_members`` and ``pixel_accuracy`` of a
+            segmenter, all in [0, 1].
+        """
+        row, folder = self.profile.row(model_id), self._folder(model_id)
+        spec = {"kind": "utility", "readable": model_id, "model": folder.name, "recipe": artifacts.RECIPES["scores"]}
+        spec |= {"defense": defense, "strength": strength}
+
+        def make(into: Path) -> dict:
+            run, pool = self.model(model_id), self.pool(row.dataset)
+            split = Split.load(folder / "split.npz")
+            model = run.encoder_at(int(strength) if defense == "early-stopping" else None)
+            model = _defend(model, defense=defense, strength=strength, seed=row.seed)
+            if row.method in profiles.SEGMENTERS:
+                members, strangers = train.get_sides(row, split)
+                return train.measure_segmenter(model, pool, members, strangers[: train.HELDOUT_IMAGES])
+            return train.measure_utility(model, pool, split)
+
+        return artifacts.read_meta(artifacts.load_or_make(spec, make))
 
     def _compare(self, row: Row, shadow: Row) -> str:
         """Which of pre-training data, encoder and training a shadow shares with its target, as ``"PE-"``."""
@@ -243,27 +321,28 @@ class Lab:
         same = [row.dataset == shadow.dataset, encoder[0] == encoder[1], recipe[0] == recipe[1]]
         return "".join(letter if ok else "-" for letter, ok in zip("PET", same, strict=True))
 
-    def _get_model(self, attack: str, model_id: str, epoch: int | None, *, decoder: str) -> Any:
+    def _get_model(self, attack: str, model_id: str, epoch: int | None, *, decoder: str, decoder_epochs: int) -> Any:
         """Return a row's model as an attack asks for it: the encoder, or encoder and decoder together."""
         run = self.model(model_id)
         if attack not in attacks.ATTACKS or "reconstruct" not in attacks.ATTACKS[attack].needs:
             return run.encoder_at(epoch)
         if decoder not in ("own", "attacker"):
             raise ValueError(f"expected decoder 'own' or 'attacker', got {decoder!r}")
-        model = run.autoencoder_at(epoch) if decoder == "own" else self._attach_decoder(model_id, epoch)
+        own = decoder == "own"
+        model = run.autoencoder_at(epoch) if own else self._attach_decoder(model_id, epoch, epochs=decoder_epochs)
         if model is None:
             raise ValueError(
                 f"{model_id} ({run.method}) has no decoder: let the attacker train one, decoder='attacker'"
             )
         return model
 
-    def _attach_decoder(self, model_id: str, epoch: int | None):
+    def _attach_decoder(self, model_id: str, epoch: int | None, *, epochs: int):
         """Return a row's frozen encoder with a decoder that the attacker trained on data of his own, kept on disk."""
         row, run, folder = self.profile.row(model_id), self.model(model_id), self._folder(model_id)
         epoch = run.checkpoints[-1] if epoch is None else epoch
         split = Split.load(folder / "split.npz")
         n_images = min(DECODER_IMAGES, len(split.utility))
-        recipe = dict(n_images=n_images, epochs=min(DECODER_EPOCHS, row.epochs))
+        recipe = dict(n_images=n_images, epochs=min(epochs, row.epochs))
         spec = {"kind": "decoder", "readable": f"{model_id}-e{epoch}", "recipe": artifacts.RECIPES["decoder"], **recipe}
         spec |= {"model": folder.name, "epoch": epoch}
 
@@ -299,13 +378,14 @@ class Lab:
             return self._read(path)
         data = artifacts.fingerprint_data(dataset, self.profile.datasets.get(dataset, {}))
         identity = artifacts.hash_spec(logical | {"data": data, "recipe": artifacts.RECIPES["scores"]})
-        if path.is_file() and self._read(path).meta.get("identity") == identity:
-            return self._tag(self._read(path), path, figure, False)
-        result = attacks.evaluate_blind(self.pool(dataset), rung, n_members=n_members, seed=seed)
-        facts = dict(model_id=f"{dataset}-{rung}", method="", arch="", dataset=dataset, seed=seed, rung=rung)
-        result.meta.update(facts | dict(identity=identity, figures=[figure] if figure else [], summary=False))
-        result.save(path)
-        return self._remember(path, result)
+        with artifacts.hold(f"scores-{self.profile_name}-{path.stem}"):
+            if path.is_file() and self._read(path).meta.get("identity") == identity:
+                return self._tag(self._read(path), path, figure, False)
+            result = attacks.evaluate_blind(self.pool(dataset), rung, n_members=n_members, seed=seed)
+            facts = dict(model_id=f"{dataset}-{rung}", method="", arch="", dataset=dataset, seed=seed, rung=rung)
+            result.meta.update(facts | dict(identity=identity, figures=[figure] if figure else [], summary=False))
+            result.save(path)
+            return self._remember(path, result)
 
     # ------------------------------------------------------------------------------------------ saved scores
 
@@ -336,7 +416,7 @@ class Lab:
         return result
 
     def _tag(self, result: Result, path: Path, figure: str | None, summary: bool) -> Result:
-        """Note on saved scores that one more figure is drawn from them."""
+        """Note on saved scores that one more figure is drawn from them; the caller holds their lock."""
         figures = result.meta.setdefault("figures", [])
         if (figure and figure not in figures) or (summary and not result.meta.get("summary")):
             tagged = sorted({*figures, *([figure] if figure else [])})
@@ -344,6 +424,22 @@ class Lab:
                 part.meta.update(figures=tagged, summary=summary or bool(result.meta.get("summary")))
             result.save(path)
         return self._remember(path, result)
+
+
+def _check_attacker(attacker: str, *, defended: bool) -> bool:
+    """Whether the attacker is a static one."""
+    if attacker not in ("adaptive", "static"):
+        raise ValueError(f"expected attacker 'adaptive' or 'static', got {attacker!r}")
+    if attacker == "static" and not defended:
+        raise ValueError("attacker 'static' goes with a defense: name one, or attack a defended row")
+    return attacker == "static"
+
+
+def _defend(model: Any, *, defense: str | None, strength: float | None, seed: int) -> Any:
+    """Disturb what a model answers; early stopping has chosen its weights already."""
+    if defense is None or defense == "early-stopping":
+        return model
+    return defenses.perturb(model, defense, strength, seed=seed)
 
 
 def _cache_features(key: dict, make) -> np.ndarray:

@@ -22,7 +22,21 @@ METHODS = ("mae", "simmim", "dino", "moco", "moco-v1", "moco-v2", "simclr", "sup
 SEGMENTERS = ("unet", "upernet", "pspnet", "deeplabv3plus")  # their arch is the encoder
 METHODS += SEGMENTERS
 AUGMENTATIONS = ("none", "flip", "crop", "crop-weak", "simclr", "simclr-weak", "dino")
-DEFENSES = ("none",)
+# Defenses a model is trained with, and the option that says how strong (scsr: the range of its crops). Early stopping
+# has no row: it is a checkpoint of an undefended one. Defenses of the output have none either: defenses.perturb.
+STRENGTHS = {
+    "none": None,
+    "scsr": None,
+    "dp-sgd": "privacy",
+    "weight-decay": "weight_decay",
+    "dropout": "dropout",
+    "drop-path": "drop_path",
+    "label-smoothing": "label_smoothing",
+    "crop-mixup": "mixup",
+    "distillation": "distill",
+}
+DEFENSES = tuple(STRENGTHS)
+PRIVATE_METHODS = ("mae", "simmim", "unet")  # whose per-example gradients are exact; others are refused
 
 # Training images per second of one CPU thread with vit_micro_patch8_32, to tell a newcomer the minutes before they
 # start. Measured seconds replace the estimate as soon as an artifact exists.
@@ -36,6 +50,10 @@ IMAGES_PER_SECOND = {
 }
 IMAGES_PER_SECOND |= {"moco-v1": 450.0, "moco-v2": 450.0}
 IMAGES_PER_SECOND |= {"unet": 400.0, "upernet": 200.0, "pspnet": 800.0, "deeplabv3plus": 400.0}  # at 32 x 32
+# A private step measured against a plain one (vit_micro, batch 64: 4.1 to 4.9; unet, 96 x 128, batch 8: 2.7); with
+# distillation there is a second network, the teacher.
+PRIVATE_COST = {"mae": 4.5, "simmim": 4.5, "unet": 3.0}
+DISTILL_COST = 2.0
 # Cost of one image relative to vit_micro_patch8_32, and millions of parameters (weights on disk, per checkpoint).
 ARCH_COST = {
     "vit_nano_patch8_32": (0.35, 0.12),
@@ -66,6 +84,8 @@ class Row(_Strict):
         study: which question asks for the row: ``main`` rows are attacked throughout the book, the others by the
             notebook of their study (``mim``, ``encodermi`` ...). No part of what the model is.
         n_train: number of members, the only images the model is trained on.
+        defense: what it is trained with against membership inference, a key of ``STRENGTHS``; a shadow that an adaptive
+            attacker trains has the same.
         options: keyword arguments of the training method.
     """
 
@@ -81,6 +101,18 @@ class Row(_Strict):
     seed: int = Field(default=0, ge=0)
     study: str = "main"
     options: dict[str, Any] = {}
+
+    @property
+    def strength(self) -> float | str:
+        """How strong the defense is: a number (epsilon, weight decay ...), ``"0.2-0.6"`` for scsr, ``""`` for none."""
+        if self.defense == "scsr":
+            return self.augmentation.removeprefix("crop:")
+        option = STRENGTHS[self.defense]
+        value = self.options.get(option, "") if option else ""
+        if isinstance(value, dict):  # privacy
+            sigma = value.get("noise_multiplier")
+            return float(value["epsilon"]) if "epsilon" in value else f"sigma {sigma:g}"
+        return value if value == "" else float(value)
 
     @field_validator("augmentation")
     @classmethod
@@ -223,6 +255,8 @@ def _check_whole(profile: Profile, source: str, name: str | None) -> None:
                 f"{source}: models: {row.id}: dataset: expected one of datasets: ({known}), got {row.dataset!r}"
             )
         _check_enough_images(profile, row, source)
+        if problem := _find_wrong_defense(row):
+            raise ValueError(f"{source}: models: {row.id}: {problem}")
     if profile.first is not None and profile.first not in seen:
         raise ValueError(f"{source}: first: no model has the id {profile.first!r}")
     for notebook, wanted in profile.needs.items():
@@ -232,6 +266,36 @@ def _check_whole(profile: Profile, source: str, name: str | None) -> None:
         for model_id in wanted.get("id", []):
             if model_id not in seen:
                 raise ValueError(f"{source}: needs: {notebook}: no model has the id {model_id!r}")
+
+
+def _find_wrong_defense(row: Row) -> str | None:
+    """Say what is wrong with a row's defense: options that are missing, out of range, or of another method."""
+    option, segments = STRENGTHS[row.defense], row.method in SEGMENTERS
+    if "privacy" in row.options and row.defense != "dp-sgd":
+        return f"defense: expected dp-sgd for a row with options: privacy, got {row.defense!r}"
+    if row.defense in ("scsr", "crop-mixup") and not row.augmentation.startswith("crop"):
+        return f"augmentation: expected crop:LOW-HIGH for defense {row.defense}, got {row.augmentation!r}"
+    if row.defense in ("label-smoothing", "crop-mixup", "distillation") and not segments:
+        return f"defense: {row.defense} fits segmenters ({', '.join(SEGMENTERS)}), got method {row.method!r}"
+    if row.defense == "drop-path" and segments:
+        return f"defense: drop-path fits encoders, got method {row.method!r}"
+    if option is None:
+        return None
+    if option != "privacy":
+        value = row.options.get(option)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            return f"options: {option}: defense {row.defense} expects a number of at least 0, got {value!r}"
+        return None
+    if row.method not in PRIVATE_METHODS:
+        return f"defense: dp-sgd fits {', '.join(PRIVATE_METHODS)} (others couple images), got method {row.method!r}"
+    known, privacy = ("epsilon", "noise_multiplier", "delta", "max_grad_norm"), row.options.get("privacy")
+    if not isinstance(privacy, dict) or set(privacy) - set(known) or ("epsilon" in privacy) == (known[1] in privacy):
+        return f"options: privacy: expected epsilon or noise_multiplier, and delta, max_grad_norm, got {privacy!r}"
+    for key, value in privacy.items():
+        least = value > 0 or (key == "noise_multiplier" and value == 0) if isinstance(value, (int, float)) else False
+        if isinstance(value, bool) or not least:
+            return f"options: privacy: {key}: expected a number above 0, got {value!r}"
+    return None
 
 
 def _check_enough_images(profile: Profile, row: Row, source: str) -> None:
@@ -401,6 +465,10 @@ def estimate_seconds(row: Row, profile: Profile | None = None) -> float:
         size = profile.datasets[row.dataset].get("size") or 32
         height, width = (size, size) if isinstance(size, int) else size
         cost *= height * width / 32**2
+    if row.defense == "dp-sgd":
+        cost *= PRIVATE_COST[row.method]
+    elif row.defense == "distillation":
+        cost *= DISTILL_COST
     return row.n_train * row.epochs * cost / IMAGES_PER_SECOND[row.method]
 
 

@@ -289,10 +289,17 @@ def attack_table_markdown() -> str:
 def results_markdown(profile: str = "photos") -> str:
     """Return the attack rows of a profile's summary as markdown, each with its controls beside it.
 
-    Reads ``figures/<profile>/08_summary.csv``; only the controlled protocol, attacks at the end of training.
+    Reads ``figures/<profile>/08_summary.csv``; undefended targets under the controlled protocol, of each attack and
+    training method those with the most seeds.
     """
     summary = load_summary(profile)
-    summary = summary[summary["protocol"] == "controlled"]
+    summary = summary[(summary["protocol"] == "controlled") & summary["defense"].isin(("none", ""))]
+    # rows of single studies have one seed and figures of their own: here the targets with the most seeds
+    family = [summary["attack"], summary["method"], summary["knowledge"].astype(str).str.startswith("shadow")]
+    most = summary[summary["control"] == ""].groupby(["attack", "model_id", "knowledge"])["n_seeds"].max()
+    seeds = pd.MultiIndex.from_frame(summary[["attack", "model_id", "knowledge"]]).map(most)
+    seeds = pd.Series(seeds, index=summary.index)
+    summary = summary[seeds == seeds.groupby(family).transform("max")]
     keys = ["attack", "model_id", "knowledge", "n_train", "epochs"]
     rows = []
     for key, part in summary.groupby(keys, sort=False, dropna=False):

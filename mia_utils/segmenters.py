@@ -7,8 +7,10 @@ method for each network.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mia_utils import views
+from mia_utils import seeds, views
 from mia_utils.encoders import HALF
 
 VOID = 255
@@ -177,7 +179,9 @@ def wrap(
     )
 
 
-def make_network(arch: str, n_classes: int, *, encoder: str = ENCODER, seed: int = 0, **options: Any) -> nn.Module:
+def make_network(
+    arch: str, n_classes: int, *, encoder: str = ENCODER, seed: int = 0, norm: str = "batch", **options: Any
+) -> nn.Module:
     """Build a network with fresh weights from a private random stream.
 
     Args:
@@ -185,6 +189,8 @@ def make_network(arch: str, n_classes: int, *, encoder: str = ENCODER, seed: int
         n_classes: C.
         encoder: convolutional encoder: a name of segmentation-models-pytorch, else a timm name.
         seed: of the weights.
+        norm: ``"batch"``, or ``"group"``: every batch norm replaced, so that no image sees its batch mates (private
+            training).
         options: keyword arguments of the network, for example ``decoder_channels``.
 
     Returns:
@@ -194,6 +200,8 @@ def make_network(arch: str, n_classes: int, *, encoder: str = ENCODER, seed: int
 
     if arch not in ARCHS:
         raise ValueError(f"unknown segmenter {arch!r}: expected one of {', '.join(ARCHS)}")
+    if norm not in ("batch", "group"):
+        raise ValueError(f"expected norm 'batch' or 'group', got {norm!r}")
     class_name, defaults = ARCHS[arch]
     name = encoder if encoder in smp.encoders.encoders or encoder.startswith("tu-") else f"tu-{encoder}"
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
@@ -207,13 +215,27 @@ def make_network(arch: str, n_classes: int, *, encoder: str = ENCODER, seed: int
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
-            return getattr(smp, class_name)(**settings)
+            network = getattr(smp, class_name)(**settings)
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
             reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
             raise ValueError(
                 f"no {arch} on encoder {encoder!r} ({reason}): expected a convolutional encoder such as {ENCODER} and "
                 "options of segmentation-models-pytorch"
             ) from None
+    return _replace_batch_norm(network) if norm == "group" else network
+
+
+def _replace_batch_norm(network: nn.Module) -> nn.Module:
+    """Put group norm where batch norm was, in groups as opacus' ``ModuleValidator.fix`` chooses them."""
+    for name, module in network.named_children():
+        if type(module) is nn.BatchNorm2d:
+            width = module.num_features
+            setattr(network, name, nn.GroupNorm(math.gcd(32, width), width, affine=module.affine))
+        elif isinstance(module, nn.BatchNorm2d):  # timm's holds its activation too
+            raise ValueError(f"norm 'group' does not fit this encoder ({type(module).__name__}): expected {ENCODER}")
+        else:
+            _replace_batch_norm(module)
+    return network
 
 
 def from_module(
@@ -360,6 +382,15 @@ def augment_pair(
     return x, y[:, 0].round().long()
 
 
+TRAINING_OPTIONS = ("dropout", "label_smoothing", "mixup", "distill")  # not of the network that is kept
+
+
+def _drop_features(decoder: nn.Module, inputs: tuple[Sequence[Tensor], ...]) -> tuple[list[Tensor], ...]:
+    """Drop channels of what the encoder hands over, except the picture itself, which comes first."""
+    picture, *features = inputs[0]
+    return ([picture, *(decoder.feature_dropout(x) for x in features)], *inputs[1:])
+
+
 class Segmentation(nn.Module):
     """Supervised segmentation as a method of the training loop: cross-entropy over valid pixels.
 
@@ -367,30 +398,63 @@ class Segmentation(nn.Module):
         backbone: network of :func:`make_network`, (B, 3, H, W) -> (B, C, H, W) logits.
         input_size: (height, width) it is trained at; None: the pictures' own.
         n_classes: C.
+        dropout: share of channels dropped, in training, of every feature map that the encoder hands to the decoder.
+        label_smoothing: share of the label that is spread over all classes.
+        mixup: alpha of the Beta(alpha, alpha) that every image and its labels are mixed with another one's by
+            (Zhang et al. 2018, arXiv 1710.09412); 0: not mixed.
+        distill: temperature of a distillation: the backbone never sees a label, only the softened posteriors of
+            ``teacher``, which is trained beside it on the labels (Hinton et al. 2015, arXiv 1503.02531); 0: none.
+        teacher: network of the same kind, for ``distill``; not part of the segmenter that is kept.
     """
 
     needs_labels = True  # label maps (N, H, W), void 255, passed as ``labels``
     network = "unet"
 
-    def __init__(self, backbone: nn.Module, *, input_size: Sequence[int] | None = None, n_classes: int):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        input_size: Sequence[int] | None = None,
+        n_classes: int,
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        distill: float = 0.0,
+        teacher: nn.Module | None = None,
+    ):
         super().__init__()
         self.backbone, self.n_classes = backbone, n_classes
         self.input_size = None if input_size is None else tuple(map(int, input_size))
         self.arch, self.options = ENCODER, {}
+        for name, value in (("dropout", dropout), ("label_smoothing", label_smoothing)):
+            if not 0 <= value < 1:
+                raise ValueError(f"expected {name} from 0 to below 1, got {value!r}")
+        if mixup < 0 or distill < 0 or (mixup and distill):
+            raise ValueError(f"expected mixup or distill above 0, one of the two, got {mixup!r} and {distill!r}")
+        self.label_smoothing, self.mixup, self.distill = label_smoothing, mixup, distill
+        self.teacher = teacher if distill else None
+        if dropout:
+            backbone.decoder.feature_dropout = nn.Dropout2d(dropout)  # holds no weights; eval mode puts it to rest
+            backbone.decoder.register_forward_pre_hook(_drop_features)
 
     @classmethod
     def build(
         cls, arch: str, *, n_classes: int, seed: int = 0, input_size: Sequence[int] | None = None, **options: Any
     ) -> Segmentation:
-        """Build the method with fresh weights; ``arch`` is the encoder, ``options`` go to :func:`make_network`."""
-        backbone = make_network(cls.network, n_classes, encoder=arch, seed=seed, **options)
-        method = cls(backbone, input_size=input_size, n_classes=n_classes)
+        """Build the method with fresh weights; ``arch`` is the encoder, ``options`` are those of the training
+        (``TRAINING_OPTIONS``) and of :func:`make_network`."""
+        training = {key: options.pop(key) for key in TRAINING_OPTIONS if key in options}
+        make_one = functools.partial(make_network, cls.network, n_classes, encoder=arch, **options)
+        if training.get("distill"):
+            training["teacher"] = make_one(seed=seeds.derive(seed, "teacher") % 2**31)
+        method = cls(make_one(seed=seed), input_size=input_size, n_classes=n_classes, **training)
         method.arch, method.options = arch, options
         return method
 
     @classmethod
     def restore(cls, state: dict[str, Tensor], *, arch: str, name: str, n_classes: int, **options: Any) -> Segmenter:
         """Open the segmenter that a checkpoint of the loop holds (``backbone.*``)."""
+        options = {key: value for key, value in options.items() if key not in TRAINING_OPTIONS}
         method = cls.build(arch, n_classes=n_classes, **options)
         method.load_state_dict(state)
         return method.as_segmenter(name)
@@ -421,6 +485,55 @@ class Segmentation(nn.Module):
 
         Void is ignored; a batch of nothing else has loss 0 and no gradient.
         """
+        x, y = self._augment(images, labels, augmentation=augmentation, size=size, rng=rng)
+        if self.training and self.mixup:
+            return self._mix(x, y, rng)
+        logits, n_valid = self._predict(self.backbone, x), (y != VOID).sum().clamp_min(1)
+        if self.training and self.teacher is not None:
+            taught = self._predict(self.teacher, x)
+            loss = F.cross_entropy(taught, y, ignore_index=VOID, reduction="sum") / n_valid
+            soft, answer = ((z / self.distill).log_softmax(1) for z in (taught.detach(), logits))
+            gap = F.kl_div(answer, soft, log_target=True, reduction="none").sum(1)  # (B, H, W)
+            return loss + self.distill**2 * (gap * (y != VOID)).sum() / n_valid
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits, y, ignore_index=VOID, reduction="sum", label_smoothing=smoothing) / n_valid
+
+    def losses(
+        self,
+        images: Tensor,
+        *,
+        labels: Tensor,
+        augmentation: str,
+        size: Sequence[int] | None,
+        rng: np.random.Generator,
+        progress: float,
+    ) -> Tensor:
+        """Mean cross-entropy over the valid pixels of each image (B,): no image counts more for having more of them.
+
+        Private training needs it: with the mean over the pixels of a batch, an image's weight depends on the others.
+        """
+        x, y = self._augment(images, labels, augmentation=augmentation, size=size, rng=rng)
+        return self._compare(self._predict(self.backbone, x), y) / (y != VOID).sum((1, 2)).clamp_min(1)
+
+    def _compare(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy summed over the valid pixels of each image, (B,)."""
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits, y, ignore_index=VOID, reduction="none", label_smoothing=smoothing).sum((1, 2))
+
+    def _mix(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> Tensor:
+        """Loss of images (B, 3, H, W) mixed with others of the batch, each with a share of its own."""
+        share = torch.from_numpy(rng.beta(self.mixup, self.mixup, len(x)).astype(np.float32)).to(x.device)
+        other = torch.from_numpy(rng.permutation(len(x))).to(x.device)
+        part = share.view(-1, 1, 1, 1)
+        logits = self._predict(self.backbone, part * x + (1 - part) * x[other])
+        total = share * self._compare(logits, y) + (1 - share) * self._compare(logits, y[other])
+        valid = (y != VOID).sum((1, 2))
+        return total.sum() / (share * valid + (1 - share) * valid[other]).sum().clamp_min(1)
+
+    def _augment(
+        self, images: Tensor, labels: Tensor, *, augmentation: str, size: Sequence[int] | None, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Augment a batch and check its labels: (B, 3, h, w) in [0, 1] and (B, h, w) int64."""
         settings = views.parse_augmentation(augmentation)
         if set(settings) - {"scale", "flip"}:
             raise ValueError(
@@ -432,10 +545,12 @@ class Segmentation(nn.Module):
         if bool((valid & (y >= self.n_classes)).any()):
             wrong = int(y[valid].max())
             raise ValueError(f"labels hold the id {wrong}, expected 0 to {self.n_classes - 1}, or {VOID} for void")
+        return x, y
+
+    def _predict(self, network: nn.Module, x: Tensor) -> Tensor:
+        """Logits (B, C, H, W) of images (B, 3, H, W) in [0, 1]."""
         height, width = x.shape[2:]
-        logits = self.backbone(_pad((x - 0.5) / 0.5, MULTIPLE))[:, :, :height, :width].float()
-        total = F.cross_entropy(logits, y, ignore_index=VOID, reduction="sum")
-        return total / valid.sum().clamp_min(1)
+        return network(_pad((x - 0.5) / 0.5, MULTIPLE))[:, :, :height, :width].float()
 
     def after_step(self, progress: float) -> None:
         """Nothing to update."""

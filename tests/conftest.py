@@ -22,3 +22,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MIA_DATA_DIR", raising=False)
     monkeypatch.delenv("MIA_ARTIFACTS", raising=False)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch):
+    """No test reaches for the network: what is downloaded on first use is looked for on a port where nobody answers."""
+    from mia_utils.datasets import segmentation_sets
+
+    monkeypatch.setattr(segmentation_sets, "CAMVID_URL", "http://127.0.0.1:9/camvid.zip")

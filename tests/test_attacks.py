@@ -363,3 +363,44 @@ def test_an_unknown_rung_and_a_rung_about_video_raise_one_line(pool):
         attacks.evaluate_blind(pool, "official", n_members=10)
     with pytest.raises(ValueError, match="'noise' has no groups"):
         attacks.evaluate_blind(pool, "frame-thirds", n_members=10)
+
+
+class Turned:
+    """A defense that turns the attack's score around: what the static attacker learned is now wrong."""
+
+    offers, module, input_size, name = {"embed", "tokens"}, None, 32, "turned"
+
+    def __init__(self, model: encoders.Encoder):
+        self.model = model
+
+    def embed(self, images, pooling=None):
+        return -(self.model.tokens(images).norm(dim=(1, 2)) - 8)[:, None]
+
+
+class Plain(Turned):
+    name = "plain"
+
+    def embed(self, images, pooling=None):
+        return (self.model.tokens(images).norm(dim=(1, 2)) - 8)[:, None]
+
+
+@pytest.mark.parametrize("knowledge", ["partial", "shadow"])
+def test_an_adaptive_attacker_learns_anew_and_a_static_one_keeps_what_he_learned(
+    knowledge, scratch, target, shadow, pool, split
+):
+    attacks.register(
+        "norm",
+        needs={"embed"},
+        queries=1,
+        extract=lambda model, images, *, image_ids, seed: model.embed(datasets.to_float(images)).numpy(),
+        fit=functools.partial(classifier.fit, widths=(8,)),
+    )
+    defended = (Turned(target), Turned(shadow) if knowledge == "shadow" else None)
+    before = (Plain(target), Plain(shadow) if knowledge == "shadow" else None)
+    call = dict(knowledge=knowledge, controls=False, seed=0)
+    adaptive = attacks.evaluate("norm", defended[0], pool, split, shadow=defended[1], **call)
+    static = attacks.evaluate("norm", defended[0], pool, split, shadow=defended[1], learned_from=before, **call)
+    undefended = attacks.evaluate("norm", before[0], pool, split, shadow=before[1], **call)
+    again = attacks.evaluate("norm", before[0], pool, split, shadow=before[1], learned_from=before, **call)
+    assert adaptive.auc > 0.9 and undefended.auc > 0.9 and static.auc < 0.2
+    assert np.array_equal(again.score, undefended.score) and np.array_equal(again.threshold, undefended.threshold)

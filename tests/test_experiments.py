@@ -119,6 +119,20 @@ def test_fewer_strangers_are_a_subset_and_all_members_stay(lab):
     assert set(few.image_ids) < set(full.image_ids)
 
 
+def test_labs_side_by_side_drop_no_figure(lab):
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [f"fig0{k}_x" for k in range(6)]
+
+    def note(figure: str) -> None:
+        experiments.open("tiny").evaluate("lpla", "mae-target-s0", figure=figure, controls=False)
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(note, names))
+    (result,) = experiments.open("tiny").results()
+    assert result.meta["figures"] == names
+
+
 def test_what_is_missing_is_one_line(lab):
     with pytest.raises(ValueError, match="has no model 'mae-target'; close: mae-target-s0"):
         lab.evaluate("partcrop", "mae-target")
@@ -126,3 +140,36 @@ def test_what_is_missing_is_one_line(lab):
         lab.evaluate("nothing", "mae-target-s0")
     with pytest.raises(ValueError, match="takes no parameter 'n_crop'; allowed"):
         lab.evaluate("partcrop", "mae-target-s0", n_crop=3)
+
+
+def test_a_defense_of_strength_zero_changes_no_score_and_is_noted(lab):
+    plain = lab.evaluate("lpla", "mae-target-s0", controls=False)
+    call = dict(controls=False, defense="noise")
+    same = lab.evaluate("lpla", "mae-target-s0", **call, strength=0.0)
+    noisy = lab.evaluate("lpla", "mae-target-s0", **call, strength=50.0)
+    assert np.array_equal(same.score, plain.score) and not np.array_equal(noisy.score, plain.score)
+    facts = [(r.meta["defense"], r.meta["strength"], r.meta["attacker"]) for r in (plain, same, noisy)]
+    assert facts == [("none", "", "static"), ("noise", 0.0, "adaptive"), ("noise", 50.0, "adaptive")]
+    assert same.meta["utility"] == plain.meta["utility"] != noisy.meta["utility"]
+
+
+def test_early_stopping_is_the_checkpoint_and_its_shadow_is_stopped_too(lab):
+    epoch = lab.model("mae-target-s0").checkpoints[1]
+    stopped = lab.evaluate("lpla", "mae-target-s0", defense="early-stopping", strength=epoch, knowledge="shadow")
+    same = dict(epoch=epoch, shadow_epoch=epoch, knowledge="shadow", controls=False)
+    assert np.array_equal(stopped.score, lab.evaluate("lpla", "mae-target-s0", **same).score)
+    assert stopped.meta["epoch"] == epoch and stopped.meta["defense"] == "early-stopping"
+    assert set(lab.measure("mae-target-s0", defense="early-stopping", strength=epoch)) >= {"knn", "probe"}
+
+
+def test_a_static_attacker_learned_before_the_defense(lab):
+    call = dict(controls=False, defense="rounding", strength=0.5, knowledge="shadow")
+    adaptive, static = (lab.evaluate("lpla", "mae-target-s0", **call, attacker=a) for a in ("adaptive", "static"))
+    assert static.meta["attacker"] == "static" and not np.array_equal(static.score, adaptive.score)
+    assert len(lab.results()) == 2
+    with pytest.raises(ValueError, match="goes with a defense"):
+        lab.evaluate("lpla", "mae-target-s0", attacker="static")
+    with pytest.raises(ValueError, match="expected attacker 'adaptive' or 'static'"):
+        lab.evaluate("lpla", "mae-target-s0", defense="noise", strength=1.0, attacker="clever")
+    with pytest.raises(ValueError, match="unknown output defense"):
+        lab.evaluate("lpla", "mae-target-s0", defense="hope", strength=1.0)

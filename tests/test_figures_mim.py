@@ -46,6 +46,7 @@ class MimLab(MadeUpLab):
         facts |= {"attack": "mim"} | meta
         result = self.add(auc, *names, params=params, **facts)
         result.score = -np.exp(-result.score)  # minus a distance
+        result.threshold = np.full(len(result.score), -0.5)
         told = {name for name in names for r in self.saved[:-1] if name in r.meta["figures"] and r.controls}
         if told >= set(names):  # as in the notebook: one row of a sweep carries the controls
             result.controls = {}

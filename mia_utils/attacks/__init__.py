@@ -204,6 +204,7 @@ def evaluate(
     cache: Callable[[dict, Callable[[], np.ndarray]], np.ndarray] | None = None,
     controls: bool = True,
     known_share: float = 1.0,
+    learned_from: tuple[object, object | None] | None = None,
     **params: object,
 ) -> Result:
     """Run an attack on the images of a split, its three controls beside it.
@@ -226,6 +227,9 @@ def evaluate(
         cache: ``cache(key, make) -> features``, for example on disk.
         controls: False leaves the controls out (sweeps that are drawn beside a controlled row).
         known_share: share of the fit and validation images whose membership the attacker knows, in (0, 1].
+        learned_from: (model, shadow or None) as they were before a defense: a *static* attacker, whose network and
+            threshold come from their answers and who then meets ``model``. None: an *adaptive* one, who learned from
+            ``model`` (or ``shadow``) itself.
         params: parameters of the attack's ``extract`` and ``fit``.
 
     Returns:
@@ -239,6 +243,8 @@ def evaluate(
     attack = ATTACKS[name]
     extract_params, fit_params = _split_params(attack, params)
     _check(attack, model, pool, split, knowledge, shadow, reference, protocol)
+    if learned_from is not None:
+        _check(attack, learned_from[0], pool, split, knowledge, learned_from[1], reference, protocol)
 
     roles = split.roles(knowledge, known_share=known_share)
     index, is_member = np.asarray(roles.index), np.asarray(roles.is_member, bool)
@@ -281,18 +287,20 @@ def evaluate(
     one_ranking = attack.score is not None
     run = functools.partial(_cross_fit, roles, pool.image_ids[index], groups, name=name, seed=seed)
 
-    def make_scorer(features: np.ndarray) -> Callable:
+    def make_scorer(features: np.ndarray, learned: np.ndarray | None = None) -> Callable:
         return functools.partial(
             _fit_attack,
             attack,
             features,
             pool.image_ids[index],
+            learned=learned,
             fit_params=fit_params,
             select_on_report=protocol == "released-selection",
         )
 
     features = extract(model, shadow)
-    result = run(is_member, make_scorer(features), control="", meta=meta, one_ranking=one_ranking)
+    learned = None if learned_from is None else extract(*learned_from)
+    result = run(is_member, make_scorer(features, learned), control="", meta=meta, one_ranking=one_ranking)
     if controls:
         blind = _make_blind(pool, index, view, getattr(model, "input_size", None), seed)
         result.controls["no-model"] = run(is_member, blind, control="no-model", meta=meta)
@@ -312,7 +320,7 @@ def evaluate(
             for f, fold in enumerate(roles.folds)
         ]
         result.controls["permuted"] = run(
-            labels, make_scorer(features), control="permuted", meta=meta, one_ranking=one_ranking
+            labels, make_scorer(features, learned), control="permuted", meta=meta, one_ranking=one_ranking
         )
     return result
 
@@ -456,8 +464,15 @@ def _fit_attack(
     *,
     fit_params: dict,
     select_on_report: bool,
+    learned: np.ndarray | None = None,
 ) -> tuple[Callable, np.ndarray]:
-    """Return positions -> scores, and the positions the threshold is chosen on."""
+    """Return positions -> scores, and the positions the threshold is chosen on.
+
+    ``learned``: features of the same images from the models a static attacker learned from.
+    """
+    if learned is not None:
+        features, asked = learned.copy(), features
+        features[report] = asked[report]
     if attack.score is not None:  # nothing is trained, so all images of known membership may set the threshold
         scores = np.asarray(attack.score(features), np.float64)
         return scores.__getitem__, np.concatenate([fit, validation])
@@ -536,6 +551,7 @@ def fingerprint(model: object) -> str | None:
     settings = [getattr(model, key, None) for key in ("arch", "pooling", "input_size", "min_size", "_mean", "_std")]
     # what an autoencoder holds outside its weights
     settings += ["norm_pix_loss"] if getattr(model, "norm_pix_loss", False) else []
+    settings += [defense] if (defense := getattr(model, "defense", None)) else []  # how its answers are disturbed
     seen = [getattr(model, key, None) for key in ("mean", "std")]
     settings += [v.flatten().tolist() for v in seen if isinstance(v, torch.Tensor) and (v != 0.5).any()]
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)

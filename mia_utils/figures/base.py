@@ -175,6 +175,7 @@ def read_facts(result: Any) -> dict[str, Any]:
         "params": params,
         # results saved before these were noted had none
         "shadow": split_seed(meta["shadow"], meta.get("seed")) if meta.get("shadow") else None,
+        "reference": split_seed(meta["reference"], meta.get("seed")) if meta.get("reference") else None,
         "decoder": meta.get("decoder") or "own",
     }
 

@@ -39,6 +39,11 @@ def summarize(lab: Any, *, controls: Sequence[str] = ("no-model", "untrained", "
     return sort_entries(group(results, controls=controls))
 
 
+def is_undefended(entry: Entry) -> bool:
+    """Whether nothing was done against the attack; defenses have notebook 07."""
+    return entry.meta.get("defense") in (None, "", "none")
+
+
 @figure(
     "fig08_hero", notebook="08_figures", title="Attack x target grid with its controls below", needs="any attack result"
 )
@@ -51,6 +56,7 @@ def _draw_overview(lab):
         and not e.control
         # rows of single studies report on fewer strangers and have figures of their own
         and e.meta.get("n_nonmembers") is None
+        and is_undefended(e)
     ]
     if not entries:
         raise NotAvailable(f"fig08_hero: no result under the controlled protocol in profile {lab.profile_name}")
@@ -121,6 +127,7 @@ def _draw_leakage(lab):
                 and e.meta.get("protocol") == "controlled"
                 and epochs
                 and e.meta.get("n_train")
+                and is_undefended(e)
             ):
                 entries.append((e, float(epochs) / float(e.meta["n_train"])))
     if not entries:

@@ -44,14 +44,16 @@ def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None,
         arch: backbone (``encoders.ARCHS`` or a timm name).
         seed: of the initial weights.
         input_size: training resolution in pixels; None: the backbone's own.
-        options: keyword arguments of the method.
+        options: keyword arguments of the method; ``dropout`` and ``drop_path`` go to the backbone.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
     cls = METHODS[name][0]
     if hasattr(cls, "build"):  # a network that is no head on a backbone builds itself
         return cls.build(arch, seed=seed, input_size=input_size, **options)
-    backbone = make_backbone(arch, seed=seed)
+    backbone = make_backbone(
+        arch, seed=seed, dropout=options.pop("dropout", None), drop_path=options.pop("drop_path", None)
+    )
     size = input_size or from_module(backbone, arch=arch, method=name).input_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

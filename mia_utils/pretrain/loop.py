@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mia_utils import encoders, pretrain, seeds, segmenters
+from mia_utils import defenses, encoders, pretrain, seeds, segmenters
 from mia_utils.encoders import Encoder
 from mia_utils.segmenters import Segmenter
 
@@ -168,6 +168,21 @@ def _measure_loss(
     return sum(losses) / len(losses)
 
 
+def _prepare_privacy(
+    method: str, cls: type, privacy: dict, options: dict, *, encoder: Encoder | None, precision: str
+) -> dict:
+    """Refuse what can't be trained with privacy; returns the options it is trained with."""
+    known = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
+    if not isinstance(privacy, dict) or set(privacy) - set(known):
+        raise ValueError(f"expected privacy a mapping of {', '.join(known)}, got {privacy!r}")
+    defenses.refuse_coupled(method, cls, options)
+    if encoder is not None:
+        raise ValueError("privacy= goes with a whole training: a decoder over a frozen encoder= is the attacker's own")
+    if precision != "32-true":
+        raise ValueError(f"private training needs precision '32-true', got {precision!r}")
+    return {**options, "norm": "group"} if method in segmenters.METHODS else options
+
+
 def fit(
     method: str,
     images: np.ndarray,
@@ -192,6 +207,7 @@ def fit(
     precision: str = "32-true",
     on_checkpoint: Callable[[int, Encoder], dict] | None = None,
     stop_after: int | None = None,
+    privacy: dict | None = None,
     **options,
 ) -> Run:
     """Train an encoder.
@@ -217,13 +233,17 @@ def fit(
         precision: lightning-fabric's name, for example ``"bf16-mixed"``.
         on_checkpoint: called with (epoch, encoder) at every kept epoch; its dict goes into ``history``.
         stop_after: stop after this many steps and return nothing of use (tests of resuming).
-        options: keyword arguments of the method.
+        privacy: train with DP-SGD (``pretrain.private``): keyword arguments of ``defenses.plan_privacy``, that is
+            ``epsilon`` (or ``noise_multiplier``), ``delta``, ``max_grad_norm``. Batches are then Poisson samples of
+            expected size ``batch_size`` (large ones suit it), tokens of a ViT keep their start, batch norm of a
+            segmenter becomes group norm. What was reached is printed and kept in ``settings["privacy"]``.
+        options: keyword arguments of the method; of every encoder also ``dropout`` and ``drop_path``.
 
     Returns:
         Run.
 
     Raises:
-        ValueError: wrong shapes, unknown names, a loss that is no longer finite.
+        ValueError: wrong shapes, unknown names, a loss that is no longer finite, a training that can't be private.
     """
     from lightning_fabric import Fabric
 
@@ -254,6 +274,8 @@ def fit(
         if labels.ndim == 3:  # label maps: void is no class
             both = [x[x != segmenters.VOID] for x in both]
         options.setdefault("n_classes", int(max(x.max(initial=0) for x in both)) + 1)
+    if privacy is not None:
+        options = _prepare_privacy(method, cls, privacy, options, encoder=encoder, precision=precision)
     augmentation = augmentation or defaults["augmentation"]
     batch_size = min(batch_size or defaults["batch_size"], len(images))
     lr, weight_decay = lr or defaults["lr"], defaults["weight_decay"] if weight_decay is None else weight_decay
@@ -264,6 +286,11 @@ def fit(
     )
     if encoder is not None:
         settings["encoder"] = _hash_weights(encoder.module)
+    n_batches = max(len(images) // batch_size, 1)
+    n_steps = epochs * n_batches
+    if privacy is not None:
+        plan = defenses.plan_privacy(n_images=len(images), batch_size=batch_size, steps=n_steps, **privacy)
+        settings["privacy"] = plan
 
     on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     accelerator = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -277,13 +304,13 @@ def fit(
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)  # convolutional networks train half as fast again on a CPU
     size = model.input_size
+    if privacy is not None:
+        defenses.freeze_tokens(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in trained if p.ndim > 1]
     groups = [{"params": decay, "weight_decay": weight_decay}]
     groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    n_batches = max(len(images) // batch_size, 1)
-    n_steps = epochs * n_batches
     schedule = CosineWarmupScheduler(optimizer, warmup_epochs=max(int(n_steps * warmup), 1), max_epochs=n_steps + 1)
     _set_training(model)
     wrapped, optimizer = fabric.setup(model, optimizer)
@@ -297,6 +324,14 @@ def fit(
 
     data, targets = to_device(images), to_device(labels) if supervised else None
     outside, outside_targets = to_device(heldout), to_device(heldout_labels) if supervised else None
+    private = None
+    if privacy is not None:
+        if fabric.world_size > 1:
+            raise ValueError(f"private training runs on one device, got {fabric.world_size} processes")
+        from mia_utils.pretrain.private import PrivateSteps  # opacus takes seconds to import
+
+        private = PrivateSteps(model, optimizer, plan, images=data, labels=targets, seed=seed)
+        print(defenses.describe_privacy(plan), flush=True)
     states: dict[int, dict[str, Tensor]] = {}
     history: list[dict] = []
     epoch, spent = 0, 0.0
@@ -347,6 +382,13 @@ def fit(
         order = seeds.rng(seed, "train-order", epoch).permutation(len(images))
         for index in range(n_batches):
             step = epoch * n_batches + index
+            if private is not None:
+                with torch.random.fork_rng(devices=cuda):
+                    torch.manual_seed(seeds.derive(seed, "train-dropout", step, 0))
+                    loss = private.take(step, augmentation=augmentation, size=size, progress=step / n_steps)
+                schedule.step()
+                model.after_step((step + 1) / n_steps)
+                continue
             batch = order[index * batch_size : (index + 1) * batch_size]
             batch = np.array_split(batch, fabric.world_size)[fabric.global_rank]
             rng = seeds.rng(seed, "train-views", step, fabric.global_rank)
@@ -377,5 +419,7 @@ def fit(
                 store(epoch)
             break
     bar.close()
+    if private is not None:
+        private.close()
     seconds = spent + time.perf_counter() - began
     return Run(method, arch, states, pd.DataFrame(history), settings, seconds)

@@ -108,11 +108,24 @@ class MaskedImageModel(nn.Module):
         self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
     ) -> Tensor:
         """Mean error over the hidden patches of a batch (B, 3, H, W) uint8, pixels scaled to [-1, 1]."""
+        error, masks = self._measure_errors(images, augmentation=augmentation, size=size, rng=rng)
+        return (error * masks).sum() / masks.sum()
+
+    def losses(
+        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
+    ) -> Tensor:
+        """Mean error over the hidden patches of each image (B,), as private training needs it; mean: ``loss``."""
+        error, masks = self._measure_errors(images, augmentation=augmentation, size=size, rng=rng)
+        return (error * masks).sum(1) / masks.sum(1)
+
+    def _measure_errors(
+        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return the error of every patch and the drawn masks, both (B, L)."""
         x = views.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))
         masks = draw_masks(len(x), self.n_tokens, self.mask_ratio, rng).to(x.device)
         predicted = self.predict((x - self.mean) / self.std, masks).float()
-        error = self.penalize(predicted - self._cut_targets(x)[0]).mean(-1)  # (B, L)
-        return (error * masks).sum() / masks.sum()
+        return self.penalize(predicted - self._cut_targets(x)[0]).mean(-1), masks
 
     @torch.inference_mode()
     def reconstruct(self, images: Tensor, masks: Tensor) -> Tensor:
