@@ -222,9 +222,8 @@ class Lab:
             }
             | {"models": [folder.name for folder in folders.values()]}
         )
-        with artifacts.hold(
-            f"scores-{self.profile_name}-{path.stem}"
-        ):  # notebooks side by side ask for the same scores
+        # notebooks side by side ask for the same scores
+        with artifacts.hold(f"scores-{self.profile_name}-{path.stem}"):
             figures = {figure} - {None}
             if path.is_file() and (saved := self._read(path)).meta.get("identity") == identity:
                 if not controls or saved.controls:
