@@ -248,6 +248,29 @@ def _find_surest(classes: pd.DataFrame) -> str:
     return str(over_all.loc[over_all["low"].idxmax(), "class"])
 
 
+# --- 07
+register_answer(
+    "07-1",
+    lambda answer: _is_near(answer, math.log(0.6 / 0.4), 0.006),
+    "Solve .60 = e^eps / (1 + e^eps) for epsilon: what is e^eps?",
+)
+register_answer(
+    "07-2",
+    _is_choice("c"),
+    "Which attacker was tested, and what did he learn from?",
+)
+register_answer(
+    "07-3",
+    lambda answer, points: " ".join(str(answer).split()) == _find_safest(points),
+    "Keep the rows of the first method with kept of at least .9, and sort them by the column high.",
+)
+
+
+def _find_safest(points: pd.DataFrame) -> str:
+    affordable = points[(points["method"] == points["method"].iloc[0]) & (points["kept"] >= 0.9)]
+    return str(affordable.loc[affordable["high"].idxmin(), "label"])
+
+
 # --- 08
 register_answer(
     "08-1",

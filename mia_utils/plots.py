@@ -74,6 +74,19 @@ ATTACK_LABELS = {
     "seg-concat": "Concatenation", "seg-full-image": "Full image", "seg-global-loss": "Global loss",
     "seg-label-only": "Label only", "seg-type1": "Prediction only",
 }  # fmt: skip
+DEFENSE_LABELS = {
+    "none": "undefended", "early-stopping": "Early stopping", "scsr": "Crop range", "dp-sgd": "DP-SGD",
+    "weight-decay": "Weight decay", "dropout": "Dropout", "drop-path": "Drop path",
+    "label-smoothing": "Label smoothing", "crop-mixup": "Crops, mix-up", "distillation": "Distillation",
+    "noise": "Noise", "rounding": "Rounding",
+    "top-k": "Top k", "temperature": "Temperature", "gauss": "Gauss", "argmax": "Argmax",
+}  # fmt: skip
+DEFENSE_COLORS = {
+    "none": "#111111", "early-stopping": "#009E73", "scsr": "#0072B2", "dp-sgd": "#D55E00", "weight-decay": "#6B2E00",
+    "dropout": "#882255", "drop-path": "#B06CA8", "label-smoothing": "#3F7FBF", "crop-mixup": "#117733",
+    "distillation": "#8C6D1F", "noise": "#7B2D8B", "rounding": "#56A0C8", "top-k": "#A07800", "temperature": "#5B5BD6",
+    "gauss": "#C4408A", "argmax": "#332288",
+}  # fmt: skip
 CONTROL_LABELS = {"no-model": "no model", "untrained": "untrained encoder", "permuted": "permuted labels"}
 MEMBER_COLOR, STRANGER_COLOR = "#D81B60", "#1E9A8E"  # apart in lightness and hue for every color vision deficiency
 MEMBER_LINE, STRANGER_LINE = "-", (0, (4, 1.5))
@@ -133,8 +146,8 @@ def marker_of(method: str) -> str:
 
 
 def label_of(name: str) -> str:
-    """Return the printed name of an attack, method or control."""
-    for names in (METHOD_LABELS, ATTACK_LABELS, CONTROL_LABELS):
+    """Return the printed name of an attack, method, control or defense."""
+    for names in (METHOD_LABELS, ATTACK_LABELS, CONTROL_LABELS, DEFENSE_LABELS):
         if name in names:
             return names[name]
     return str(name)
@@ -1708,12 +1721,12 @@ def _draw_content(fig: Figure, ax: Axes, content: Any) -> None:
 
 
 __all__ = [
-    "ATTACK_COLORS", "ATTACK_LABELS", "CONTROL_LABELS", "CONTROL_STYLES", "FULL", "HALF", "MEMBER_COLOR",
-    "METHOD_LABELS", "METHOD_MARKERS", "STRANGER_COLOR", "STYLE", "Step", "color_of", "command_for", "count_scores",
-    "draw_cells", "draw_chance", "draw_guess_grid", "draw_histograms", "draw_intervals", "draw_ladder", "draw_lines",
-    "draw_loss_maps", "draw_losses", "draw_matrix", "draw_pairs", "draw_part_curves", "draw_part_responses",
-    "draw_pipeline", "draw_points", "draw_rates", "draw_reconstructions", "draw_roc", "draw_similarity_maps",
-    "draw_sorted_reconstructions", "draw_sweep", "draw_views", "format_interval", "format_table", "format_value",
-    "label_of", "make_figure", "make_legend", "marker_of", "paint_heat", "paint_labels", "save", "set_title", "show",
-    "tame_log_axis", "use_style", "write_atomic",
+    "ATTACK_COLORS", "ATTACK_LABELS", "CONTROL_LABELS", "CONTROL_STYLES", "DEFENSE_COLORS", "DEFENSE_LABELS", "FULL",
+    "HALF", "MEMBER_COLOR", "METHOD_LABELS", "METHOD_MARKERS", "STRANGER_COLOR", "STYLE", "Step", "color_of",
+    "command_for", "count_scores", "draw_cells", "draw_chance", "draw_guess_grid", "draw_histograms",
+    "draw_intervals", "draw_ladder", "draw_lines", "draw_loss_maps", "draw_losses", "draw_matrix", "draw_pairs",
+    "draw_part_curves", "draw_part_responses", "draw_pipeline", "draw_points", "draw_rates", "draw_reconstructions",
+    "draw_roc", "draw_similarity_maps", "draw_sorted_reconstructions", "draw_sweep", "draw_views", "format_interval",
+    "format_table", "format_value", "label_of", "make_figure", "make_legend", "marker_of", "paint_heat",
+    "paint_labels", "save", "set_title", "show", "tame_log_axis", "use_style", "write_atomic",
 ]  # fmt: skip
