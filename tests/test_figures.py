@@ -143,5 +143,6 @@ def test_an_attack_from_outside_gets_its_row_in_the_grid(home):
     lab = make_lab()
     lab.add(0.7, attack="my-own-attack", params={})
     written = pd.read_csv(figures.draw("fig08_hero", lab).with_suffix(".csv"))
-    rows = written[written["attack"] == "my-own-attack"]
-    assert {"untrained", "permuted"} <= set(rows["control"].dropna())
+    assert (written["attack"] == "my-own-attack").any()
+    assert {"no-model", "untrained", "permuted"} <= set(written["control"].dropna())
+    assert not written.duplicated(["row", "column", "seed"]).any()  # one control of each kind and target

@@ -77,20 +77,20 @@ def _draw_overview(lab):
             cells[key] = e
     attacks = list(dict.fromkeys(r for r, _ in cells))
     rows = [r for (row, column), e in cells.items() for r in make_rows(e, row=row, column=column)]
-    seen = set()
     for control in ("no-model", "untrained", "permuted"):
+        worst: dict[str, Entry] = {}  # of each target, of those with the most seeds, the one that came out highest
+
+        def rank(entry: Entry, control: str = control) -> tuple[int, float]:
+            return entry.controls[control].metrics.n_seeds, entry.controls[control].metrics.auc
+
         for (_, column), e in cells.items():
             twin = e.controls.get(control)
             if twin is None or twin.metrics is None:
                 continue
-            label = (
-                "no model"
-                if control == "no-model"
-                else f"{plots.label_of(control)}, {plots.label_of(e.meta['attack'])}"
-            )
-            if (label, column) in seen:
-                continue
-            seen.add((label, column))
+            if column not in worst or rank(e) > rank(worst[column]):
+                worst[column] = e
+        label = plots.label_of(control) + ("" if control == "no-model" else ", the highest")
+        for column, e in worst.items():
             rows += [r for r in make_rows(e, controls=(control,), row=label, column=column) if r["control"] == control]
     table = pd.DataFrame(rows)
     columns = list(dict.fromkeys(table["column"]))
