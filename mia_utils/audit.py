@@ -215,19 +215,7 @@ def compare_segmenter(
         pools[name] = source
     keep = _find_single({name: (part.name, part.images, part.image_ids) for name, part in pools.items()})
     pool, is_member = datasets.join_pools(*(part.take(keep[name]) for name, part in pools.items()))
-    nobody = np.empty(0, np.int64)
-    split = splits.Split(
-        target_members=np.flatnonzero(is_member),
-        target_nonmembers=np.flatnonzero(~is_member),
-        shadow_members=nobody,
-        shadow_nonmembers=nobody,
-        utility=nobody,
-        seed=seed,
-        pool_name=pool.name,
-        pool_hash=pool.hash,
-        strata=pool.labels,
-        groups=pool.groups,
-    )
+    split = _make_split(pool, is_member, seed)
     if untrained == "auto":
         known = segmenter.method in segmenters.ARCHS
         options = {"encoder": segmenter.arch, **segmenter.options} if known else {}
@@ -295,10 +283,15 @@ def _join(sets: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], seed: int)
         official_split=None,
         class_names=("all",),
     )
+    return pool, _make_split(pool, np.arange(len(pool)) < lengths[0], seed)
+
+
+def _make_split(pool: datasets.Pool, is_member: np.ndarray, seed: int) -> splits.Split:
+    """Everybody plays against the target: an audit has no shadow."""
     nobody = np.empty(0, np.int64)
-    split = splits.Split(
-        target_members=np.arange(lengths[0]),
-        target_nonmembers=lengths[0] + np.arange(lengths[1]),
+    return splits.Split(
+        target_members=np.flatnonzero(is_member),
+        target_nonmembers=np.flatnonzero(~is_member),
         shadow_members=nobody,
         shadow_nonmembers=nobody,
         utility=nobody,
@@ -306,8 +299,8 @@ def _join(sets: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], seed: int)
         pool_name=pool.name,
         pool_hash=pool.hash,
         strata=pool.labels,
+        groups=pool.groups,
     )
-    return pool, split
 
 
 def _make_twin(encoder: encoders.Encoder) -> encoders.Encoder | None:

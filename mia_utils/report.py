@@ -6,7 +6,6 @@ page again. Numbers in prose come from committed tables and are never typed.
 
 from __future__ import annotations
 
-import base64
 import html
 import importlib.metadata
 import re
@@ -440,10 +439,10 @@ figure .wide{overflow-x:auto}figure .wide img{min-width:34rem}}
 
 
 def write_index(profile: str) -> Path:
-    """Write ``figures/<profile>/index.html``: one self-contained page, no server and no external request.
+    """Write ``figures/<profile>/index.html``: one page beside its pictures, no server and no external request.
 
     Heroes first, then every figure with title, CSV, command and seeds; the verdict on the controls, the summary
-    table, the catalog, the commit and the versions. Pictures are embedded; light and dark follow the reader's system.
+    table, the catalog, the commit and the versions. Light and dark follow the reader's system.
 
     Returns:
         path of the page.
@@ -524,13 +523,12 @@ def _make_figure(path: Path, profile: str) -> str:
         links.insert(0, f'<a href="{html.escape(path.stem)}.csv">{html.escape(path.stem)}.csv</a>')
     if texts.get("Seeds"):
         links.append(f"seeds {html.escape(texts['Seeds'])}")
-    data = base64.b64encode(path.read_bytes()).decode()
     said = [" ".join(f for f in facts if f)] if any(facts) else []
     wide = int(texts["width"]) > 1000
     size = f'width="{texts["width"]}" height="{texts["height"]}"'
     return (
         f'<figure id="{html.escape(path.stem)}" class="{"" if wide else "narrow"}"><h3>{html.escape(title)}</h3>'
-        f'<div class="wide"><img alt="{html.escape(title)}" {size} loading="lazy" src="data:image/png;base64,{data}">'
+        f'<div class="wide"><img alt="{html.escape(title)}" {size} loading="lazy" src="{html.escape(path.name)}">'
         f"</div><figcaption>{'<br>'.join([*said, ' · '.join(links)])}</figcaption></figure>"
     )
 

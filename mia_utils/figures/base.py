@@ -353,6 +353,12 @@ def say_interval(entry: Entry) -> str:
     return plots.format_interval(entry.metrics.auc, entry.metrics.auc_low, entry.metrics.auc_high)
 
 
+def get_epoch(entry: Entry) -> int:
+    """Epoch that was attacked: a checkpoint's, else the last."""
+    epoch = entry.meta.get("epoch")
+    return int(entry.meta.get("epochs") if epoch is None else epoch)
+
+
 def leaks(entry: Entry) -> bool:
     return entry.metrics is not None and entry.metrics.auc_low > 0.5
 
@@ -537,3 +543,78 @@ def say_knowledge(entry: Entry) -> str:
         if name.startswith("cross")
         else f"{name} knowledge"
     )
+
+
+# ------------------------------------------------------------------------------- figures that several notebooks draw
+
+
+def draw_table(
+    panels: Sequence[tuple[str, Sequence[Entry]]],
+    *,
+    controls: Sequence[str],
+    name: Callable[[Entry, Sequence[Entry]], str],
+    row_height: float,
+) -> tuple[Any, pd.DataFrame]:
+    """Draw the attack table: AUC and TPR at 1 % FPR of every attack, the controls of the first below each target.
+
+    Args:
+        panels: targets and their entries (:func:`make_panels`), in the order they are drawn.
+        controls: names of the controls.
+        name: names the line of an entry among those of its target.
+        row_height: inches of a line.
+
+    Returns:
+        figure without title, table.
+    """
+    rows = []
+    for target, part in panels:
+        shown = [(e, e) for e in part]
+        shown += [(part[0], part[0].controls[c]) for c in controls if c in part[0].controls]
+        for owner, one in shown:
+            if one.metrics is None:
+                continue
+            m, at = one.metrics, one.metrics.tpr_at.get(0.01)
+            label = plots.label_of(one.control) if one.control else name(owner, part)
+            for row in make_rows(one, target=target, label=f"{target}: {label}", knowledge=owner.meta.get("knowledge")):
+                if np.isnan(row["seed"]):
+                    row |= {"n_members": m.n_members, "n_nonmembers": m.n_nonmembers, "p_value": m.p_value}
+                    row |= {"balanced_accuracy": m.balanced_accuracy}
+                    row |= dict(zip(("tpr_at_1", "tpr_at_1_low", "tpr_at_1_high"), at or (np.nan,) * 3, strict=True))
+                rows.append(row)
+    table = pd.DataFrame(rows)
+    fig, axes = plots.make_figure(1, 2, height=row_height * table["label"].nunique() + 0.95, sharey=True)
+    plots.draw_intervals(axes[0, 0], table)
+    axes[0, 0].set_xlim(*pick_limits(table))
+    if table["tpr_at_1"].notna().any():
+        rates = table[table["seed"].isna()].drop(columns=["value", "low", "high"])
+        rates = rates.rename(columns={"tpr_at_1": "value", "tpr_at_1_low": "low", "tpr_at_1_high": "high"})
+        plots.draw_intervals(axes[0, 1], rates, xlabel="TPR at 1 % FPR", chance=0.01)
+        axes[0, 1].set_xlim(left=-0.01)
+    else:
+        text = "TPR at 1 % FPR is not shown:\nfewer than 1,000 strangers"
+        axes[0, 1].text(0.5, 0.5, text, transform=axes[0, 1].transAxes, ha="center", va="center")
+        axes[0, 1].set_axis_off()
+    return fig, table
+
+
+def draw_n_train(name: str, entries: Sequence[Entry]) -> tuple[Any, pd.DataFrame]:
+    """Draw AUC over the number of training pictures.
+
+    Args:
+        name: of the figure, for the message where there is one number only.
+        entries: in the order of ``n_train``.
+
+    Returns:
+        figure without title and legend, table with ``x``, ``epoch`` and ``pictures_shown``.
+    """
+    if len({e.meta["n_train"] for e in entries}) < 2:
+        raise NotAvailable(f"{name}: one number of training pictures only; see profile photos")
+    rows = []
+    for e in entries:
+        facts = dict(x=float(e.meta["n_train"]), epoch=get_epoch(e), pictures_shown=e.meta["n_train"] * get_epoch(e))
+        rows += make_rows(e, controls=("no-model", "untrained"), **facts)
+    table = pd.DataFrame(rows)
+    fig, axes = plots.make_figure(1, 1, width=plots.HALF * 1.3, height=2.6)
+    plots.draw_sweep(axes[0, 0], table, xlabel="training pictures (N)", log=True)
+    axes[0, 0].set_ylim(*pick_limits(table))
+    return fig, table

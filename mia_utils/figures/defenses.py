@@ -843,19 +843,7 @@ def _draw_output(lab):
     ]
     handles.append(Line2D([], [], color="#444444", linestyle="-", label="adaptive", **style))
     if (table["attacker"] == "static").any():
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color="#444444",
-                linestyle=(0, (2, 1.5)),
-                marker="o",
-                markerfacecolor="white",
-                markersize=3.5,
-                label="static",
-                **style,
-            )
-        )
+        handles.append(_make_static_handle(**style))
     words = "linear probe, mIoU" if any(c.is_segmenter for c in cases) else "linear probe"
     handles.append(Line2D([], [], color="#8A8A8A", marker="s", markersize=3.2, linewidth=0.9, label=words))
     if (table["control"] == "no-model").any():
@@ -982,18 +970,7 @@ def _draw_early_stopping(lab):
     legend.remove()
     handles = [h for h in legend.legend_handles if h.get_label() != "chance"]
     if (table["attacker"] == "static").any():
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color="#444444",
-                linestyle=(0, (2, 1.5)),
-                marker="o",
-                markerfacecolor="white",
-                markersize=3.5,
-                label="static",
-            )
-        )
+        handles.append(_make_static_handle())
     fig.legend(handles=handles, loc="outside lower left", ncols=6, handlelength=2.4)
     return fig, table[["measure", *[c for c in table.columns if c != "measure"]]]
 
@@ -1005,6 +982,12 @@ def _thin(values: Sequence[float]) -> list[float]:
         if math.log(kept[-1] / value) > 0.09 * math.log(values[-1] / values[0]):
             kept.append(value)
     return kept[::-1]
+
+
+def _make_static_handle(**style: Any) -> Line2D:
+    """Legend entry of the static attacker's line."""
+    look = dict(color="#444444", linestyle=(0, (2, 1.5)), marker="o", markerfacecolor="white", markersize=3.5)
+    return Line2D([], [], **look, label="static", **style)
 
 
 def _draw_use(ax: Any, part: pd.DataFrame, ticks: Sequence[float], *, start: float) -> None:

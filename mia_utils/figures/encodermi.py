@@ -16,6 +16,7 @@ from mia_utils.figures.base import (
     draw_choice,
     draw_choices,
     draw_sweep,
+    draw_table,
     figure,
     format_auc,
     is_left,
@@ -214,35 +215,9 @@ def _draw_variants(lab):
 def _draw_table(lab):
     entries = load_entries(lab, "fig05_table", "fig05_variants", controls=_CONTROLS)
     panels = make_panels([e for e in entries if e.metrics is not None])
-    rows = []
-    for target, part in panels:
+    for _, part in panels:
         part.sort(key=lambda e: (ATTACKS.index(e.meta["attack"]), e.meta.get("knowledge") != "partial"))
-        shown = [(e, e) for e in part]
-        shown += [(part[0], part[0].controls[c]) for c in _CONTROLS if c in part[0].controls]
-        for owner, one in shown:
-            if one.metrics is None:
-                continue
-            m, at = one.metrics, one.metrics.tpr_at.get(0.01)
-            label = plots.label_of(one.control) if one.control else _name_line(owner)
-            for row in make_rows(one, target=target, label=f"{target}: {label}", knowledge=owner.meta.get("knowledge")):
-                if np.isnan(row["seed"]):
-                    row |= {"n_members": m.n_members, "n_nonmembers": m.n_nonmembers, "p_value": m.p_value}
-                    row |= {"balanced_accuracy": m.balanced_accuracy}
-                    row |= dict(zip(("tpr_at_1", "tpr_at_1_low", "tpr_at_1_high"), at or (np.nan,) * 3, strict=True))
-                rows.append(row)
-    table = pd.DataFrame(rows)
-    fig, axes = plots.make_figure(1, 2, height=0.165 * table["label"].nunique() + 0.95, sharey=True)
-    plots.draw_intervals(axes[0, 0], table)
-    axes[0, 0].set_xlim(*pick_limits(table))
-    if table["tpr_at_1"].notna().any():
-        rates = table[table["seed"].isna()].drop(columns=["value", "low", "high"])
-        rates = rates.rename(columns={"tpr_at_1": "value", "tpr_at_1_low": "low", "tpr_at_1_high": "high"})
-        plots.draw_intervals(axes[0, 1], rates, xlabel="TPR at 1 % FPR", chance=0.01)
-        axes[0, 1].set_xlim(left=-0.01)
-    else:
-        text = "TPR at 1 % FPR is not shown:\nfewer than 1,000 strangers"
-        axes[0, 1].text(0.5, 0.5, text, transform=axes[0, 1].transAxes, ha="center", va="center")
-        axes[0, 1].set_axis_off()
+    fig, table = draw_table(panels, controls=_CONTROLS, name=lambda e, part: _name_line(e), row_height=0.165)
     above = [e for _, part in panels for e in part if leaks(e)]
     total = sum(len(part) for _, part in panels)
     plots.set_title(fig, f"{len(above)} of {total} results have an interval above chance{say_blind(panels)}")

@@ -11,11 +11,12 @@ import pandas as pd
 from mia_utils import metrics, plots, profiles
 from mia_utils.figures.base import (
     Entry,
-    NotAvailable,
     combine,
     draw_choices,
+    draw_n_train,
     figure,
     format_auc,
+    get_epoch,
     join_words,
     load_entries,
     make_grid,
@@ -45,11 +46,6 @@ def _get_row(lab: Any, entry: Entry) -> profiles.Row:
 def _get_ratio(row: profiles.Row) -> float:
     """Share of patches hidden while a masked-image model was trained."""
     return float(row.options.get("mask_ratio", _RATIOS.get(row.method, 0.75)))
-
-
-def _get_epoch(entry: Entry) -> int:
-    epoch = entry.meta.get("epoch")
-    return int(entry.meta.get("epochs") if epoch is None else epoch)
 
 
 def _short(share: float) -> str:
@@ -310,8 +306,8 @@ def _draw_table(lab):
 def _find_stages(entries: Sequence[Entry]) -> dict[int, list[Entry]]:
     """Entries by the epoch of the attacked checkpoint, early first."""
     stages: dict[int, list[Entry]] = {}
-    for e in sorted(entries, key=_get_epoch):
-        stages.setdefault(_get_epoch(e), []).append(e)
+    for e in sorted(entries, key=get_epoch):
+        stages.setdefault(get_epoch(e), []).append(e)
     return stages
 
 
@@ -441,7 +437,7 @@ def _draw_target_mask_ratio(lab):
         if abs(e.get("mask_ratio") - ratio[id(e)]) < 1e-9:
             asked.append("asked as in its training")
         for target in asked:
-            facts = dict(target=target, x=ratio[id(e)], epoch=_get_epoch(e), query_mask_ratio=e.get("mask_ratio"))
+            facts = dict(target=target, x=ratio[id(e)], epoch=get_epoch(e), query_mask_ratio=e.get("mask_ratio"))
             rows += make_rows(e, controls=("no-model", "untrained"), **facts)
     table = pd.DataFrame(rows)
     targets = sorted(set(table["target"]))
@@ -453,7 +449,7 @@ def _draw_target_mask_ratio(lab):
     axes[0].set_ylim(*pick_limits(table))
     lead = table[(table["target"] == targets[0]) & (table["control"] == "") & table["seed"].isna()]
     said = [f"{plots.format_value(r.value)} trained with {_short(r.x)} hidden" for r in lead.itertuples()]
-    epochs = sorted({_get_epoch(e) for e in entries})
+    epochs = sorted({get_epoch(e) for e in entries})
     text = f"AUC {join_words(said)}, {targets[0]}, after {' to '.join(f'{e:,}' for e in dict.fromkeys(epochs))} epochs"
     plots.set_title(fig, text)
     plots.make_legend(fig, table, seeds=True)
@@ -471,16 +467,16 @@ def _draw_epochs(lab):
     entries = _load(lab, "fig04_epochs")
     names = name_models(lab, entries)
     rows, ends = [], {}
-    for e in sorted(entries, key=_get_epoch):
+    for e in sorted(entries, key=get_epoch):
         line = names[e.meta["model"]]
-        rows += make_rows(e, controls=("no-model", "untrained"), line=line, x=_get_epoch(e))
+        rows += make_rows(e, controls=("no-model", "untrained"), line=line, x=get_epoch(e))
         ends[line] = e
     table = pd.DataFrame(rows)
     order = [name for name in names.values() if name in ends]
     table = table.sort_values("line", key=lambda column: column.map(order.index), kind="stable", ignore_index=True)
     fig, axes = plots.make_figure(1, 1, width=5.6, height=2.9)
     plots.draw_lines(axes[0, 0], table, ylim=pick_limits(table), xlabel="training epoch", log=True)
-    said = [f"{line} {format_auc(ends[line])} after {_get_epoch(ends[line]):,} epochs" for line in order]
+    said = [f"{line} {format_auc(ends[line])} after {get_epoch(ends[line]):,} epochs" for line in order]
     plots.set_title(fig, f"AUC: {'; '.join(said)}")
     plots.make_legend(fig, table, seeds=True)
     return fig, table
@@ -503,7 +499,7 @@ def _draw_size(lab):
     rows, said = [], {}
     for e in entries:
         target = plots.label_of(e.meta["method"])
-        label = f"{name_arch(str(e.meta['arch']))}, {count(e):.2g} M, {_get_epoch(e):,} epochs"
+        label = f"{name_arch(str(e.meta['arch']))}, {count(e):.2g} M, {get_epoch(e):,} epochs"
         rows += make_rows(e, controls=("untrained", "no-model"), target=target, label=label, millions=count(e))
         said.setdefault(target, []).append(f"{name_arch(str(e.meta['arch']))} {format_auc(e)}")
     table = pd.DataFrame(rows)
@@ -522,16 +518,7 @@ def _draw_size(lab):
 )
 def _draw_n_train(lab):
     entries = sorted(_load(lab, "fig04_n_train"), key=lambda e: e.meta["n_train"])
-    if len(entries) < 2:
-        raise NotAvailable("fig04_n_train: one number of training pictures only; see profile photos")
-    rows = []
-    for e in entries:
-        facts = dict(x=float(e.meta["n_train"]), epoch=_get_epoch(e), pictures_shown=e.meta["n_train"] * _get_epoch(e))
-        rows += make_rows(e, controls=("no-model", "untrained"), **facts)
-    table = pd.DataFrame(rows)
-    fig, axes = plots.make_figure(1, 1, width=plots.HALF * 1.3, height=2.6)
-    plots.draw_sweep(axes[0, 0], table, xlabel="training pictures (N)", log=True)
-    axes[0, 0].set_ylim(*pick_limits(table))
+    fig, table = draw_n_train("fig04_n_train", entries)
     said = [f"{format_auc(e)} with {e.meta['n_train']:,}" for e in (entries[0], entries[-1])]
     shown = sorted(table["pictures_shown"].unique())
     work = f"{shown[0]:,.0f}" + (f" to {shown[-1]:,.0f}" if shown[-1] != shown[0] else "")

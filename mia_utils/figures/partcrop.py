@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from mia_utils.figures.base import (
     draw_choice,
     draw_choices,
     draw_sweep,
+    draw_table,
     figure,
     format_auc,
     is_left,
@@ -159,37 +161,12 @@ def _draw_roc(lab):
 def _draw_table(lab):
     entries = [e for e in load_entries(lab, "fig03_table", "fig03_roc", controls=_CONTROLS) if e.metrics is not None]
     panels = make_panels(entries)
-    rows = []
-    for target, part in panels:
-        known = len({str(e.meta.get("knowledge")) for e in part}) > 1
-        shown = [(e, e) for e in part]
-        shown += [(part[0], part[0].controls[c]) for c in _CONTROLS if c in part[0].controls]
-        for owner, one in shown:
-            if one.metrics is None:
-                continue
-            label = plots.label_of(one.control or owner.meta["attack"])
-            if known and not one.control:
-                label += f", {name_knowledge(owner)}"
-            m, at = one.metrics, one.metrics.tpr_at.get(0.01)
-            for row in make_rows(one, target=target, label=f"{target}: {label}", knowledge=owner.meta.get("knowledge")):
-                if np.isnan(row["seed"]):
-                    row |= {"n_members": m.n_members, "n_nonmembers": m.n_nonmembers, "p_value": m.p_value}
-                    row |= {"balanced_accuracy": m.balanced_accuracy}
-                    row |= dict(zip(("tpr_at_1", "tpr_at_1_low", "tpr_at_1_high"), at or (np.nan,) * 3, strict=True))
-                rows.append(row)
-    table = pd.DataFrame(rows)
-    fig, axes = plots.make_figure(1, 2, height=0.19 * table["label"].nunique() + 0.95, sharey=True)
-    plots.draw_intervals(axes[0, 0], table)
-    axes[0, 0].set_xlim(*pick_limits(table))
-    if table["tpr_at_1"].notna().any():
-        rates = table[table["seed"].isna()].drop(columns=["value", "low", "high"])
-        rates = rates.rename(columns={"tpr_at_1": "value", "tpr_at_1_low": "low", "tpr_at_1_high": "high"})
-        plots.draw_intervals(axes[0, 1], rates, xlabel="TPR at 1 % FPR", chance=0.01)
-        axes[0, 1].set_xlim(left=-0.01)
-    else:
-        text = "TPR at 1 % FPR is not shown:\nfewer than 1,000 strangers"
-        axes[0, 1].text(0.5, 0.5, text, transform=axes[0, 1].transAxes, ha="center", va="center")
-        axes[0, 1].set_axis_off()
+
+    def name(entry: Entry, part: Sequence[Entry]) -> str:
+        several = len({str(e.meta.get("knowledge")) for e in part}) > 1
+        return plots.label_of(entry.meta["attack"]) + (f", {name_knowledge(entry)}" if several else "")
+
+    fig, table = draw_table(panels, controls=_CONTROLS, name=name, row_height=0.19)
     plots.set_title(fig, say_leaks([part[0] for _, part in panels], [target for target, _ in panels]))
     return fig, table
 

@@ -14,9 +14,11 @@ from mia_utils import metrics, plots
 from mia_utils.figures.base import (
     Entry,
     NotAvailable,
+    draw_n_train,
     draw_sweep,
     figure,
     format_auc,
+    get_epoch,
     join_words,
     load_entries,
     make_grid,
@@ -54,14 +56,9 @@ def _name(entry: Entry) -> str:
     return plots.label_of(entry.meta["attack"])
 
 
-def _get_epoch(entry: Entry) -> int:
-    epoch = entry.meta.get("epoch")
-    return int(entry.meta.get("epochs") if epoch is None else epoch)
-
-
 def _say_epochs(entries: Sequence[Entry]) -> str:
     """Say after how many epochs the victims were attacked: "10 epochs", "8 to 10 epochs"."""
-    epochs = sorted(set(map(_get_epoch, entries)))
+    epochs = sorted(set(map(get_epoch, entries)))
     if len(epochs) > 1:
         return f"{epochs[0]:,} to {epochs[-1]:,} epochs"
     return f"{epochs[0]:,} epoch{'s' * (epochs[0] != 1)}"
@@ -265,11 +262,11 @@ def _draw_patch_size(lab):
     needs="a segmenter with checkpoints along training, and its shadow",
 )
 def _draw_epochs(lab):
-    entries = sorted(_load(lab, "fig06_epochs"), key=_get_epoch)
-    rows = [r for e in entries for r in make_rows(e, controls=("no-model", "untrained"), x=_get_epoch(e))]
+    entries = sorted(_load(lab, "fig06_epochs"), key=get_epoch)
+    rows = [r for e in entries for r in make_rows(e, controls=("no-model", "untrained"), x=get_epoch(e))]
     quality = []
-    for epoch in dict.fromkeys(map(_get_epoch, entries)):
-        first = next(e for e in entries if _get_epoch(e) == epoch)
+    for epoch in dict.fromkeys(map(get_epoch, entries)):
+        first = next(e for e in entries if get_epoch(e) == epoch)
         for group, key in (("member", "miou_members"), ("stranger", "miou")):
             found = [float(r.meta[key]) for r in first.results if r.meta.get(key) is not None]
             if found:
@@ -286,14 +283,14 @@ def _draw_epochs(lab):
         axes[0, 1].set_xticks(*[sorted(set(quality["x"]))] * 2)
         axes[0, 1].set_xticks([], minor=True)
         axes[0, 1].set_title("what the victim is good for")
-    lead = max(entries, key=lambda e: (_get_epoch(e), e.metrics.auc)).meta["attack"]
+    lead = max(entries, key=lambda e: (get_epoch(e), e.metrics.auc)).meta["attack"]
     line = [e for e in entries if e.meta["attack"] == lead]
     ends = [line[0], line[-1]] if len(line) > 1 else line
-    said = ", ".join(f"{format_auc(e)} after {_get_epoch(e):,}" for e in ends)
+    said = ", ".join(f"{format_auc(e)} after {get_epoch(e):,}" for e in ends)
     text = f"{plots.label_of(lead)}: AUC {said} epochs"
     for group in ("stranger", "member") if len(quality) else ():
         part = quality[quality["group"] == group]
-        values = [plots.format_value(part.loc[part["x"] == _get_epoch(e), "value"].iloc[0]) for e in ends]
+        values = [plots.format_value(part.loc[part["x"] == get_epoch(e), "value"].iloc[0]) for e in ends]
         text += f"; mIoU on {group}s {' and '.join(values)}"
     plots.set_title(fig, text)
     _make_legend(fig, table, seeds=True)
@@ -310,16 +307,7 @@ def _draw_epochs(lab):
 )
 def _draw_n_train(lab):
     entries = sorted(_load(lab, "fig06_n_train"), key=lambda e: e.meta["n_train"])
-    if len({e.meta["n_train"] for e in entries}) < 2:
-        raise NotAvailable("fig06_n_train: one number of training pictures only; see profile photos")
-    rows = []
-    for e in entries:
-        facts = dict(x=float(e.meta["n_train"]), epochs=_get_epoch(e), pictures_shown=e.meta["n_train"] * _get_epoch(e))
-        rows += make_rows(e, controls=("no-model", "untrained"), **facts)
-    table = pd.DataFrame(rows)
-    fig, axes = plots.make_figure(1, 1, width=plots.HALF * 1.3, height=2.7)
-    plots.draw_sweep(axes[0, 0], table, xlabel="training pictures (N)", log=True)
-    axes[0, 0].set_ylim(*pick_limits(table))
+    fig, table = draw_n_train("fig06_n_train", entries)
     said = [f"{format_auc(e)} with {e.meta['n_train']:,}" for e in (entries[0], entries[-1])]
     text = f"{_name(entries[0])}: AUC {' and '.join(said)} training pictures, about the same work"
     plots.set_title(fig, text + ("; the intervals overlap" if overlap(entries[0], entries[-1]) else ""))
