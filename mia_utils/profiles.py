@@ -34,6 +34,7 @@ STRENGTHS = {
     "label-smoothing": "label_smoothing",
     "crop-mixup": "mixup",
     "distillation": "distill",
+    "min-max": "minmax",
 }
 DEFENSES = tuple(STRENGTHS)
 PRIVATE_METHODS = ("mae", "simmim", "unet")  # whose per-example gradients are exact; others are refused
@@ -275,7 +276,7 @@ def _find_wrong_defense(row: Row) -> str | None:
         return f"defense: expected dp-sgd for a row with options: privacy, got {row.defense!r}"
     if row.defense in ("scsr", "crop-mixup") and not row.augmentation.startswith("crop"):
         return f"augmentation: expected crop:LOW-HIGH for defense {row.defense}, got {row.augmentation!r}"
-    if row.defense in ("label-smoothing", "crop-mixup", "distillation") and not segments:
+    if row.defense in ("label-smoothing", "crop-mixup", "distillation", "min-max") and not segments:
         return f"defense: {row.defense} fits segmenters ({', '.join(SEGMENTERS)}), got method {row.method!r}"
     if row.defense == "drop-path" and segments:
         return f"defense: drop-path fits encoders, got method {row.method!r}"
@@ -467,7 +468,7 @@ def estimate_seconds(row: Row, profile: Profile | None = None) -> float:
         cost *= height * width / 32**2
     if row.defense == "dp-sgd":
         cost *= PRIVATE_COST[row.method]
-    elif row.defense == "distillation":
+    elif row.defense in ("distillation", "min-max"):
         cost *= DISTILL_COST
     return row.n_train * row.epochs * cost / IMAGES_PER_SECOND[row.method]
 

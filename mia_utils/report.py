@@ -50,15 +50,17 @@ def write_summary(lab: Any) -> pd.DataFrame:
         figures.NotAvailable: no scores are saved in this profile.
     """
     entries = figures.summarize(lab)
-    rows = []
-    for entry in entries:
+    rows, places = [], []  # controls stay below their own attack
+    for place, entry in enumerate(entries):
+        places += [place] * (1 + sum(c in entry.controls for c in _CONTROLS))
         rows.append(_make_row(entry, entry))
         rows += [_make_row(entry, entry.controls[c]) for c in _CONTROLS if c in entry.controls]
     summary = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
     order = summary["control"].map(_CONTROL_ORDER.index)
     keys = ["paper", "dataset", "method", "arch", "model_id", "protocol", "knowledge", "attack"]
-    summary = summary.assign(_order=order).sort_values([*keys, "_order"], kind="stable", na_position="first")
-    summary = summary.drop(columns="_order").reset_index(drop=True)
+    summary = summary.assign(_place=places, _order=order)
+    summary = summary.sort_values([*keys, "_place", "_order"], kind="stable", na_position="first")
+    summary = summary.drop(columns=["_place", "_order"]).reset_index(drop=True)
     folder = paths.get_figures_dir(lab.profile_name)
     plots.write_atomic(folder / "08_summary.csv", plots.format_table(summary).encode())
     plots.write_atomic(folder / "08_controls.csv", plots.format_table(judge_controls(entries)).encode())
@@ -541,6 +543,7 @@ def _make_summary(profile: str) -> str:
     names = (
         "attack",
         "target",
+        "defense",
         "data",
         "protocol",
         "knowledge",
@@ -558,7 +561,11 @@ def _make_summary(profile: str) -> str:
         interval = (
             f"{plots.format_value(row.auc_low)}–{plots.format_value(row.auc_high)}" if np.isfinite(row.auc) else ""
         )
-        cells = [("k", label), ("k", row.model_id), ("", row.dataset), ("k", row.protocol), ("k", row.knowledge)]
+        defended = row.defense != "none" and not row.control
+        strength = f" {row.strength}" if pd.notna(row.strength) and row.strength != "" else ""
+        defense = f"{row.defense}{strength}, {row.attacker}" if defended else ""
+        cells = [("k", label), ("k", row.model_id), ("k", defense), ("", row.dataset), ("k", row.protocol)]
+        cells.append(("k", row.knowledge))
         cells += [("n", f"{v:g}" if pd.notna(v) else "") for v in (row.n_train, row.epochs, row.n_seeds)]
         cells += [("n", plots.format_value(row.auc)), ("n", interval), ("n", plots.format_value(row.tpr_at_1))]
         cells.append(("n", plots.format_value(row.utility) if not row.control else ""))

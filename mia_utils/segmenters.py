@@ -382,13 +382,35 @@ def augment_pair(
     return x, y[:, 0].round().long()
 
 
-TRAINING_OPTIONS = ("dropout", "label_smoothing", "mixup", "distill")  # not of the network that is kept
+TRAINING_OPTIONS = ("dropout", "label_smoothing", "mixup", "distill", "minmax")  # not of the network that is kept
 
 
 def _drop_features(decoder: nn.Module, inputs: tuple[Sequence[Tensor], ...]) -> tuple[list[Tensor], ...]:
     """Drop channels of what the encoder hands over, except the picture itself, which comes first."""
     picture, *features = inputs[0]
     return ([picture, *(decoder.feature_dropout(x) for x in features)], *inputs[1:])
+
+
+class _Reversal(torch.autograd.Function):
+    """Hands values on as they are, and gradients with the other sign, times ``weight``."""
+
+    @staticmethod
+    def forward(context, x: Tensor, weight: float) -> Tensor:
+        context.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+        return -context.weight * gradient, None
+
+
+def _make_adversary(n_classes: int) -> nn.Module:
+    """Membership classifier over posteriors beside one-hot labels, (B, 2C, H, W) -> (B, 1) logits."""
+    layers, width = [], 2 * n_classes
+    for next_width in (16, 32, 32):
+        layers += [nn.Conv2d(width, next_width, 3, stride=2, padding=1), nn.ReLU()]
+        width = next_width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
 
 
 class Segmentation(nn.Module):
@@ -405,6 +427,9 @@ class Segmentation(nn.Module):
         distill: temperature of a distillation: the backbone never sees a label, only the softened posteriors of
             ``teacher``, which is trained beside it on the labels (Hinton et al. 2015, arXiv 1503.02531); 0: none.
         teacher: network of the same kind, for ``distill``; not part of the segmenter that is kept.
+        minmax: weight of a membership attacker in the loss, who is trained beside the segmenter to tell its answers on
+            training pictures from those on ``reference`` pictures (min-max game: Nasr, Shokri, Houmansadr 2018,
+            arXiv 1807.05852; here with a reversed gradient); 0: none.
     """
 
     needs_labels = True  # label maps (N, H, W), void 255, passed as ``labels``
@@ -421,6 +446,7 @@ class Segmentation(nn.Module):
         mixup: float = 0.0,
         distill: float = 0.0,
         teacher: nn.Module | None = None,
+        minmax: float = 0.0,
     ):
         super().__init__()
         self.backbone, self.n_classes = backbone, n_classes
@@ -431,7 +457,11 @@ class Segmentation(nn.Module):
                 raise ValueError(f"expected {name} from 0 to below 1, got {value!r}")
         if mixup < 0 or distill < 0 or (mixup and distill):
             raise ValueError(f"expected mixup or distill above 0, one of the two, got {mixup!r} and {distill!r}")
-        self.label_smoothing, self.mixup, self.distill = label_smoothing, mixup, distill
+        if minmax < 0 or (minmax and (mixup or distill)):
+            raise ValueError(f"expected minmax above 0 and neither mixup nor distill beside it, got {minmax!r}")
+        self.label_smoothing, self.mixup, self.distill, self.minmax = label_smoothing, mixup, distill, minmax
+        self.adversary = _make_adversary(n_classes) if minmax else None
+        self.reference: tuple[Tensor, Tensor] | None = None
         self.teacher = teacher if distill else None
         if dropout:
             backbone.decoder.feature_dropout = nn.Dropout2d(dropout)  # holds no weights; eval mode puts it to rest
@@ -488,6 +518,8 @@ class Segmentation(nn.Module):
         x, y = self._augment(images, labels, augmentation=augmentation, size=size, rng=rng)
         if self.training and self.mixup:
             return self._mix(x, y, rng)
+        if self.training and self.minmax:
+            return self._play(x, y, augmentation=augmentation, size=size, rng=rng)
         logits, n_valid = self._predict(self.backbone, x), (y != VOID).sum().clamp_min(1)
         if self.training and self.teacher is not None:
             taught = self._predict(self.teacher, x)
@@ -529,6 +561,27 @@ class Segmentation(nn.Module):
         total = share * self._compare(logits, y) + (1 - share) * self._compare(logits, y[other])
         valid = (y != VOID).sum((1, 2))
         return total.sum() / (share * valid + (1 - share) * valid[other]).sum().clamp_min(1)
+
+    def _play(self, x: Tensor, y: Tensor, **augmentation: Any) -> Tensor:
+        """Loss of members (B, 3, H, W) and of the attacker who tells them from as many reference pictures.
+
+        Both pass the network in one batch, so that batch norm treats them alike. The attacker's gradient is reversed
+        where it reaches the network's answers on members; those on reference pictures are not moved by it.
+        """
+        if self.reference is None:
+            raise ValueError("minmax needs pictures that are not trained on: pass reference= and reference_labels=")
+        images, labels = self.reference
+        drawn = augmentation["rng"].choice(len(images), len(x), replace=len(images) < len(x))
+        x_reference, y_reference = self._augment(images[drawn], labels[drawn], **augmentation)
+        logits, logits_reference = self._predict(self.backbone, torch.cat([x, x_reference])).chunk(2)
+        loss = self._compare(logits, y).sum() / (y != VOID).sum().clamp_min(1)
+        answers = torch.cat(
+            [_Reversal.apply(logits.softmax(1), self.minmax), logits_reference.softmax(1).detach()]
+        )
+        truth = F.one_hot(torch.cat([y, y_reference]).clamp_max(self.n_classes), self.n_classes + 1)
+        truth = truth[..., :-1].permute(0, 3, 1, 2).to(answers)  # void is no class
+        is_member = torch.cat([torch.ones(len(x), 1), torch.zeros(len(x), 1)]).to(answers)
+        return loss + F.binary_cross_entropy_with_logits(self.adversary(torch.cat([answers, truth], 1)), is_member)
 
     def _augment(
         self, images: Tensor, labels: Tensor, *, augmentation: str, size: Sequence[int] | None, rng: np.random.Generator

@@ -134,6 +134,9 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
             if pool.masks is None:
                 raise ValueError(f"model {row.id}: {row.method} needs label maps, data set {pool.name!r} has none")
             targets, options = pool.masks, {"n_classes": len(pool.mask_class_names or pool.class_names)}
+            if row.options.get("minmax"):  # the owner's own, and no report image: the shadow's side
+                others = split.shadow_members
+                options |= {"reference": pool.images[others], "reference_labels": targets[others]}
         elif row.method == "supervised":
             options = {"n_classes": len(pool.class_names)}
         run = pretrain.fit(

@@ -98,6 +98,8 @@ def make_lab(profile: str = "quick") -> MadeUpLab:
         lab.add(0.95, "fig03_released", params={"n_crops": 16}, protocol="released-view", blind=0.9, **sweep)
     for arch in ("vit_micro_patch8_32", "resnet_thin_32"):
         lab.add(0.6, "fig03_arch", method="simclr", arch=arch, model_id=f"simclr-{arch[:3]}-s0")
+    for dataset in ("scenes", "scenes-night"):
+        lab.add(0.7, "fig03_datasets", method="mae", dataset=dataset, model_id=f"mae-{dataset}-s0")
     for method in AUCS:
         for attack, queries in (("partcrop", 65), ("mim", 16), ("encodermi-t", 10)):
             lab.add(0.7, "fig08_encoders", attack=attack, method=method, queries=queries, params={"n": queries})

@@ -499,6 +499,8 @@ def test_an_encoder_trained_with_dropout_begins_alike_and_is_opened_without_it(p
         ("unet", "mobilenet_v2", {"n_classes": 3, "dropout": 1.5}, "expected dropout from 0 to below 1"),
         ("unet", "mobilenet_v2", {"n_classes": 3, "label_smoothing": -0.1}, "expected label_smoothing from 0"),
         ("unet", "mobilenet_v2", {"n_classes": 3, "mixup": 0.4, "distill": 2.0}, "mixup or distill above 0, one of"),
+        ("unet", "mobilenet_v2", {"n_classes": 3, "minmax": -1.0}, "expected minmax above 0 and neither mixup nor"),
+        ("unet", "mobilenet_v2", {"n_classes": 3, "minmax": 1.0, "mixup": 0.4}, "expected minmax above 0 and neither"),
     ],
 )
 def test_a_wrong_regularizer_is_one_line(method, arch, options, message):
@@ -562,6 +564,45 @@ def test_a_distilled_segmenter_never_sees_a_label_and_is_kept_without_its_teache
             assert not set(segmenter.options) & set(option)
 
 
+def test_the_min_max_game_moves_the_network_against_its_attacker_and_on_members_only(tensors, pictures, tmp_path):
+    images, labels = tensors[0][:4], tensors[1][:4].clone()
+    labels[:, :4] = segmenters.VOID
+    network = pretrain.build("unet", "mobilenet_v2", n_classes=11, minmax=3.0, norm="group", **SMALL).train()
+    call = dict(labels=labels[:2], rng=np.random.default_rng(0), **MAPS)
+    with pytest.raises(ValueError, match="minmax needs pictures that are not trained on: pass reference="):
+        network.loss(images[:2], **call)
+    network.reference = images[2:], labels[2:]
+    network.loss(images[:2], **call).backward()
+    head, attacker = network.backbone.segmentation_head[0].weight, network.adversary[0].weight
+    moved, learned = head.grad.clone(), attacker.grad.clone()
+
+    drawn = np.random.default_rng(0).choice(2, 2, replace=False) + 2  # the reference pictures of that step
+    logits = network.backbone(torch.cat([images[:2], images[drawn]]).float() / 127.5 - 1)
+    y = torch.cat([labels[:2], labels[drawn]])
+    valid = (y != segmenters.VOID).unsqueeze(1)
+    truth = torch.zeros_like(logits).scatter_(1, y.clamp_max(10).unsqueeze(1), 1.0) * valid
+    answers = logits.softmax(1)
+
+    def accuse(answers):
+        said = network.adversary(torch.cat([answers, truth], 1)).flatten()
+        return nn.functional.binary_cross_entropy_with_logits(said, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+
+    members_only = torch.cat([answers[:2], answers[2:].detach()])
+    cost = nn.functional.cross_entropy(logits[:2], labels[:2], ignore_index=segmenters.VOID)
+    by_hand = torch.autograd.grad(cost - 3.0 * accuse(members_only), head, retain_graph=True)[0]
+    torch.testing.assert_close(moved, by_hand, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(learned, torch.autograd.grad(accuse(answers.detach()), attacker)[0], rtol=1e-3, atol=1e-7)
+
+    others = dict(reference=pictures["images"][8:16], reference_labels=pictures["masks"][8:16])
+    run = pretrain.fit(
+        "unet", pictures["images"][:8], labels=pictures["masks"][:8], epochs=1, batch_size=4, minmax=3.0, **others,
+        **NET, **SMALL,
+    )  # fmt: skip
+    assert all(key.startswith("backbone.") for key in run.states[1])
+    x = datasets.to_float(pictures["images"][:2])
+    assert torch.equal(segmenters.load(run.save(tmp_path)).posteriors(x), run.encoder.posteriors(x))
+
+
 # ------------------------------------------------------------------------------------------- rows of profiles
 
 ROW = "{id: a, role: target, method: mae, arch: vit_nano_patch8_32, dataset: scenes, n_train: 32, epochs: 2%s}"
@@ -600,6 +641,7 @@ def test_a_row_says_how_strong_its_defense_is(extra, strength):
         (", defense: scsr", "a: augmentation: expected crop:LOW-HIGH for defense scsr, got 'none'"),
         (", defense: dropout", "options: dropout: defense dropout expects a number of at least 0, got None"),
         (", defense: label-smoothing, options: {label_smoothing: 0.1}", "label-smoothing fits segmenters"),
+        (", defense: min-max, options: {minmax: 1.0}", "min-max fits segmenters"),
     ],
 )
 def test_a_wrong_defense_of_a_row_is_one_line_before_anything_runs(extra, message):

@@ -36,7 +36,7 @@ _NOTEBOOK = "07_defenses"
 _NEEDS = "targets, the same targets defended, and output defenses"
 _ALL = ("fig07_encoders", "fig07_segmenters")
 _OUTPUTS = ("noise", "rounding", "top-k", "temperature", "gauss", "argmax")
-_TRAINED = ("dp-sgd", "weight-decay", "dropout", "drop-path", "label-smoothing", "crop-mixup", "distillation")
+_TRAINED = ("dp-sgd", "weight-decay", "dropout", "drop-path", "label-smoothing", "crop-mixup", "distillation", "min-max")
 _ORDER = ("none", "early-stopping", "scsr", *_TRAINED, *_OUTPUTS)
 _NEUTRAL = {"noise": 0.0, "rounding": 0.0, "gauss": 0.0, "temperature": 1.0}  # strengths that change nothing
 _TRAINLESS = ("mim", "encodermi-t", "lpla", "seg-global-loss")  # they learn a threshold only: static = adaptive in AUC
@@ -45,7 +45,7 @@ _ATTACKS = ("partcrop", "encodermi-v", "encodermi-t", "mim", "seg-loss-map", "se
 _LESS = ("early-stopping", "dp-sgd", "top-k")  # a smaller number is the stronger defense
 _WORDS = {
     "dp-sgd": "ε {}", "early-stopping": "{} epochs", "noise": "σ {}", "gauss": "σ {}", "rounding": "step {}",
-    "top-k": "k {}", "temperature": "T {}", "distillation": "T {}",
+    "top-k": "k {}", "temperature": "T {}", "distillation": "T {}", "min-max": "λ {}",
 }  # fmt: skip
 
 

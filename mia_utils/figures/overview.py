@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,16 +32,16 @@ from mia_utils.figures.base import (
 
 
 def summarize(lab: Any, *, controls: Sequence[str] = ("no-model", "untrained", "permuted")) -> list[Entry]:
-    """Entries of the summary table: everything saved that asked to be in it."""
-    results = [r for r in lab.results() if r.meta.get("summary", True)]
+    """Entries of the summary table: everything saved that asked to be in it, and every defense at every strength."""
+    results = [r for r in lab.results() if r.meta.get("summary", True) or is_defended(r.meta)]
     if not results:
         raise NotAvailable(f"no saved scores in profile {lab.profile_name}; run the notebooks first")
     return sort_entries(group(results, controls=controls))
 
 
-def is_undefended(entry: Entry) -> bool:
-    """Whether nothing was done against the attack; defenses have notebook 07."""
-    return entry.meta.get("defense") in (None, "", "none")
+def is_defended(meta: Mapping[str, Any]) -> bool:
+    """Whether something was done against the attack: notebook 07."""
+    return meta.get("defense") not in (None, "", "none")
 
 
 @figure(
@@ -56,7 +56,7 @@ def _draw_overview(lab):
         and not e.control
         # rows of single studies report on fewer strangers and have figures of their own
         and e.meta.get("n_nonmembers") is None
-        and is_undefended(e)
+        and not is_defended(e.meta)
     ]
     if not entries:
         raise NotAvailable(f"fig08_hero: no result under the controlled protocol in profile {lab.profile_name}")
@@ -127,7 +127,7 @@ def _draw_leakage(lab):
                 and e.meta.get("protocol") == "controlled"
                 and epochs
                 and e.meta.get("n_train")
-                and is_undefended(e)
+                and not is_defended(e.meta)
             ):
                 entries.append((e, float(epochs) / float(e.meta["n_train"])))
     if not entries:

@@ -350,6 +350,26 @@ def _draw_arch(lab):
 
 
 @figure(
+    "fig03_datasets",
+    notebook="03_partcrop",
+    title="One recipe on several data sets",
+    paper_item="PartCrop: several data sets",
+    needs="a target on another data set (rows of study data)",
+)
+def _draw_datasets(lab):
+    entries = [e for e in load_entries(lab, "fig03_datasets") if e.metrics is not None]
+    rows = []
+    for e in entries:
+        label = str(e.meta.get("dataset"))
+        rows += make_rows(e, controls=("untrained", "no-model"), target=plots.label_of(e.meta["method"]), label=label)
+    table = pd.DataFrame(rows)
+    fig = draw_choices(table)
+    plots.set_title(fig, say_leaks(entries, list(table["label"].unique())))
+    plots.make_legend(fig, table, lines=False)
+    return fig, table
+
+
+@figure(
     "fig03_released",
     notebook="03_partcrop",
     title="The same attack under the released preprocessing",

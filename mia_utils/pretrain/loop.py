@@ -208,6 +208,8 @@ def fit(
     on_checkpoint: Callable[[int, Encoder], dict] | None = None,
     stop_after: int | None = None,
     privacy: dict | None = None,
+    reference: np.ndarray | None = None,
+    reference_labels: np.ndarray | None = None,
     **options,
 ) -> Run:
     """Train an encoder.
@@ -237,6 +239,8 @@ def fit(
             ``epsilon`` (or ``noise_multiplier``), ``delta``, ``max_grad_norm``. Batches are then Poisson samples of
             expected size ``batch_size`` (large ones suit it), tokens of a ViT keep their start, batch norm of a
             segmenter becomes group norm. What was reached is printed and kept in ``settings["privacy"]``.
+        reference, reference_labels: images (R, H, W, 3) with label maps of the owner that are not trained on, for a
+            segmenter's option ``minmax``.
         options: keyword arguments of the method; of every encoder also ``dropout`` and ``drop_path``.
 
     Returns:
@@ -324,6 +328,8 @@ def fit(
 
     data, targets = to_device(images), to_device(labels) if supervised else None
     outside, outside_targets = to_device(heldout), to_device(heldout_labels) if supervised else None
+    if reference is not None:
+        model.reference = to_device(reference), to_device(reference_labels)
     private = None
     if privacy is not None:
         if fabric.world_size > 1:
