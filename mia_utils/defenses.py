@@ -300,7 +300,11 @@ def refuse_coupled(method: str, cls: type, options: dict | None = None) -> None:
             f"{method} can't be trained with privacy here: it has no loss per image (method losses) that was checked; "
             f"expected one of {', '.join(profiles.PRIVATE_METHODS)}"
         )
-    for name, reason in (("mixup", "mixes two images"), ("distill", "trains a teacher that would not be private"), ("minmax", "compares images")):
+    for name, reason in (
+        ("mixup", "mixes two images"),
+        ("distill", "trains a teacher that would not be private"),
+        ("minmax", "compares images"),
+    ):
         if (options or {}).get(name):
             raise ValueError(f"option {name} can't be combined with privacy: it {reason}")
 

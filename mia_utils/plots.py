@@ -85,8 +85,8 @@ DEFENSE_LABELS = {
 DEFENSE_COLORS = {
     "none": "#111111", "early-stopping": "#009E73", "scsr": "#0072B2", "dp-sgd": "#D55E00", "weight-decay": "#6B2E00",
     "dropout": "#882255", "drop-path": "#B06CA8", "label-smoothing": "#3F7FBF", "crop-mixup": "#117733",
-    "distillation": "#8C6D1F", "min-max": "#2F8F8F", "noise": "#7B2D8B", "rounding": "#56A0C8", "top-k": "#A07800", "temperature": "#5B5BD6",
-    "gauss": "#C4408A", "argmax": "#332288",
+    "distillation": "#8C6D1F", "noise": "#7B2D8B", "rounding": "#56A0C8", "top-k": "#A07800", "temperature": "#5B5BD6",
+    "gauss": "#C4408A", "argmax": "#332288", "min-max": "#2F8F8F",
 }  # fmt: skip
 CONTROL_LABELS = {"no-model": "no model", "untrained": "untrained encoder", "permuted": "permuted labels"}
 MEMBER_COLOR, STRANGER_COLOR = "#D81B60", "#1E9A8E"  # apart in lightness and hue for every color vision deficiency

@@ -575,9 +575,7 @@ class Segmentation(nn.Module):
         x_reference, y_reference = self._augment(images[drawn], labels[drawn], **augmentation)
         logits, logits_reference = self._predict(self.backbone, torch.cat([x, x_reference])).chunk(2)
         loss = self._compare(logits, y).sum() / (y != VOID).sum().clamp_min(1)
-        answers = torch.cat(
-            [_Reversal.apply(logits.softmax(1), self.minmax), logits_reference.softmax(1).detach()]
-        )
+        answers = torch.cat([_Reversal.apply(logits.softmax(1), self.minmax), logits_reference.softmax(1).detach()])
         truth = F.one_hot(torch.cat([y, y_reference]).clamp_max(self.n_classes), self.n_classes + 1)
         truth = truth[..., :-1].permute(0, 3, 1, 2).to(answers)  # void is no class
         is_member = torch.cat([torch.ones(len(x), 1), torch.zeros(len(x), 1)]).to(answers)

@@ -36,7 +36,16 @@ _NOTEBOOK = "07_defenses"
 _NEEDS = "targets, the same targets defended, and output defenses"
 _ALL = ("fig07_encoders", "fig07_segmenters")
 _OUTPUTS = ("noise", "rounding", "top-k", "temperature", "gauss", "argmax")
-_TRAINED = ("dp-sgd", "weight-decay", "dropout", "drop-path", "label-smoothing", "crop-mixup", "distillation", "min-max")
+_TRAINED = (
+    "dp-sgd",
+    "weight-decay",
+    "dropout",
+    "drop-path",
+    "label-smoothing",
+    "crop-mixup",
+    "distillation",
+    "min-max",
+)
 _ORDER = ("none", "early-stopping", "scsr", *_TRAINED, *_OUTPUTS)
 _NEUTRAL = {"noise": 0.0, "rounding": 0.0, "gauss": 0.0, "temperature": 1.0}  # strengths that change nothing
 _TRAINLESS = ("mim", "encodermi-t", "lpla", "seg-global-loss")  # they learn a threshold only: static = adaptive in AUC
