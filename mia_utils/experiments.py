@@ -83,7 +83,13 @@ class Lab:
             return model_id
         same = ("role", "method", "arch", "dataset", "n_train", "seed")
         found = self.rows(defense="none", **{key: getattr(row, key) for key in same})
-        found.sort(key=lambda r: (r.augmentation != "none", r.epochs != row.epochs, r.study not in ("main", row.study)))
+        own = ("checkpoints", profiles.STRENGTHS[row.defense])
+
+        def differ(r: Row) -> tuple[bool, ...]:
+            told, mine = ({k: v for k, v in o.items() if k not in own} for o in (r.options, row.options))
+            return told != mine, r.augmentation != "none", r.epochs != row.epochs, r.study not in ("main", row.study)
+
+        found.sort(key=differ)
         if not found:
             raise ValueError(f"profile {self.profile_name} has no undefended row for {model_id}: add one")
         return found[0].id

@@ -173,3 +173,15 @@ def test_a_static_attacker_learned_before_the_defense(lab):
         lab.evaluate("lpla", "mae-target-s0", defense="noise", strength=1.0, attacker="clever")
     with pytest.raises(ValueError, match="unknown output defense"):
         lab.evaluate("lpla", "mae-target-s0", defense="hope", strength=1.0)
+
+
+def test_the_twin_of_a_defended_row_differs_by_the_defense_alone(home):
+    lab = experiments.open("photos", replay=True)
+    twins = {row.id: lab.undefended_of(row.id) for row in lab.rows(study="defenses", role="target")}
+    assert twins.pop("mae-dp8-target-s0") == "mae-plain-target-s0"  # not the one of another mask ratio
+    for defended, plain in twins.items():
+        one, two = lab.profile.row(defended), lab.profile.row(plain)
+        assert (one.method, one.arch, one.epochs, one.n_train, one.seed) == (
+            two.method, two.arch, two.epochs, two.n_train, two.seed,
+        )  # fmt: skip
+        assert set(two.options) <= {*one.options, "checkpoints"} and two.defense == "none"

@@ -133,7 +133,7 @@ def test_an_unknown_profile_lists_the_known_ones():
 def test_notebook_00_waits_for_the_first_row_only():
     quick = profiles.load("quick")
     assert [row.id for row in quick.rows_needed("00_start_here")] == ["mae-target-s0"]
-    assert {row.study for row in quick.rows_needed("03_partcrop")} == {"main"}
+    assert {row.study for row in quick.rows_needed("03_partcrop")} == {"main", "data"}
     assert {row.study for row in quick.rows_needed("08_figures")} == {"main"}  # it waits for the notebooks themselves
 
 

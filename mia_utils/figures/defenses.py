@@ -378,8 +378,8 @@ def _draw_plane(ax: Any, part: Sequence[Case], labels: list, marks: list) -> lis
     ax.set_xlim(*_pad(xs))
     if math.isfinite(start):
         ax.axvline(start, color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)))
-        style = dict(xytext=(2, -2), textcoords="offset points", va="top", fontsize=6, color="#777777")
-        ax.annotate("untrained", (start, 1.0), xycoords=("data", "axes fraction"), rotation=90, **style)
+        style = dict(xytext=(2, 2), textcoords="offset points", va="bottom", fontsize=6, color="#777777")
+        ax.annotate("untrained", (start, 0.0), xycoords=("data", "axes fraction"), rotation=90, **style)
     for defense in dict.fromkeys(c.defense for c in part if c.defense != "none"):
         line = [c for c in part if c.defense == defense and c.get_best()]
         ax.plot(
@@ -405,6 +405,8 @@ def _draw_plane(ax: Any, part: Sequence[Case], labels: list, marks: list) -> lis
                 ax.plot(x, static.metrics.auc, zorder=4, **hollow)
                 marks.append((ax, x, static.metrics.auc))
         last = case is [c for c in part if c.defense == case.defense and c.get_best()][-1]
+        if not last and _is_close(case, plain, max(xs) - min(xs)):
+            continue  # so little is changed that the strength needs no word
         text = case.label if last else case.say_strength()
         size, first = (6.4, 0) if last else (5.4, 1)
         labels.append(dict(ax=ax, x=x, y=m.auc, text=text, color=color, size=size, first=first))
@@ -428,14 +430,21 @@ def _draw_plane(ax: Any, part: Sequence[Case], labels: list, marks: list) -> lis
     return rows
 
 
+def _is_close(case: Case, plain: Case, width: float) -> bool:
+    """Whether a point lies on the undefended one, as far as the eye can tell; ``width``: of the utilities drawn."""
+    aside = abs(case.facts["utility"] - plain.facts["utility"]) / max(width, 1e-9)
+    return aside < 0.06 and abs(case.get_best().metrics.auc - plain.get_best().metrics.auc) < 0.05
+
+
 def _say_hero(part: Sequence[Case]) -> str:
-    """One sentence: the best attack without a defense, the defense that lowers it most, and what that costs."""
+    """One sentence: the best attack undefended, what lowers it most of what can be afforded, and what that costs."""
     plain = _find_plain(part, part[0].method)
     defended = [c for c in part if c.defense != "none" and c.get_best()]
     text = f"{plots.label_of(plain.method)}: best attack {format_auc(plain.get_best())} undefended"
     if not defended:
         return text + "."
-    safest = min(defended, key=lambda c: c.get_best().metrics.auc)
+    affordable = [c for c in defended if get_kept(c, plain) >= KEEP]
+    safest = min(affordable or defended, key=lambda c: c.get_best().metrics.auc)
     text += f", {say_interval(safest.get_best())} with {safest.label}"
     text += f" ({_say_utility(plain)} to {plots.format_value(safest.facts['utility'])})"
     pairs = [(c, *c.get_pair()) for c in defended]
