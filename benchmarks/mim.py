@@ -14,35 +14,21 @@ random: they cost the same. Writes ``benchmarks/results/mim.csv``.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import re
-import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 import torch
+from common import add_arguments, describe_run, make_rows, time_ways, write_table
 
 from mia_utils import pretrain
 from mia_utils.attacks import mim
 
 MODELS = (("mae", "vit_micro_patch8_32"), ("simmim", "vit_micro_patch8_32"), ("simmim", "swin_thin_32"))
 SLOWER = {"swin_thin_32": 8}  # fewer images, so that a repeat takes as long
-RESULTS = Path(__file__).parent / "results" / "mim.csv"
+COLUMNS = ("what", "rate", "ratio", "threads", "repeats", "spread", "clock", "torch", "machine", "seed")
 
 
-def describe_machine(device: str) -> str:
-    """Processor, cores and load: on a busy machine rates are low and ratios still hold."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    name = found.group(1) if found else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
-
-
-def measure(method: str, arch: str, options: argparse.Namespace) -> list[dict]:
+def measure(method: str, arch: str, options: argparse.Namespace, run: dict) -> list[dict]:
     """Time the three ways over one model."""
     model = pretrain.build(method, arch, seed=options.seed).eval().to(options.device)
     n = max(8, options.images // SLOWER.get(arch, 1))
@@ -52,16 +38,11 @@ def measure(method: str, arch: str, options: argparse.Namespace) -> list[dict]:
     floats = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).contiguous().to(options.device)
     ready = (2 * floats - 1).split(options.batch)
 
-    def wait():
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-
     @torch.inference_mode()
     def run_bare():
         for mask in masks:
             for x in ready:
                 model.predict(x, mask.expand(len(x), -1))
-        wait()
 
     def run_scoring():
         return mim.score_reconstruction(
@@ -81,52 +62,26 @@ def measure(method: str, arch: str, options: argparse.Namespace) -> list[dict]:
 
     ways = {"bare loop": run_bare, "scoring": run_scoring, "one mask at a time": run_one_by_one}
     assert np.allclose(run_scoring(), run_one_by_one(), atol=1e-6), "the ways disagree"
-    run_bare()  # warmed up as the others are
-    seconds = {name: [] for name in ways}
-    clock = time.process_time if options.clock == "processor" else time.perf_counter
-    for repeat in range(options.repeats):
-        order = list(ways)[repeat % 3 :] + list(ways)[: repeat % 3]
-        for name in order:
-            began = clock()
-            ways[name]()
-            seconds[name].append(clock() - began)
-    rows = []
-    for name, taken in seconds.items():
-        rates = n / np.array(taken)
-        ratio = np.median(np.array(seconds["bare loop"]) / np.array(taken))
-        quarter = np.subtract(*np.quantile(rates, (0.75, 0.25))) / np.median(rates)
-        rows.append(
-            {
-                "what": f"{method} {arch}, {options.masks} masks, {options.batch} pairs a forward: {name}",
-                "images_per_second": round(float(np.median(rates)), 1),
-                "ratio": round(float(ratio), 3),
-                "threads": torch.get_num_threads(),
-                "repeats": options.repeats,
-                "spread": round(float(quarter), 3),  # interquartile range / median of the rates
-                "clock": options.clock,
-                "torch": torch.__version__,
-                "machine": options.machine,
-                "seed": options.seed,
-            }
-        )
-    return rows
+    rows = make_rows(
+        time_ways(ways, options.repeats, run["clock"]),
+        n=n,
+        unit="images/s",
+        baseline="bare loop",
+        run=run,
+        what=f"{method} {arch}, {options.masks} masks, {options.batch} pairs a forward",
+    )
+    return [{"images_per_second" if key == "rate" else key: row[key] for key in COLUMNS} for row in rows]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all models, print the table, write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("images", 256), ("masks", 16), ("batch", 128), ("repeats", 7), ("threads", 1), ("seed", 0)):
+    for name, default in (("images", 256), ("masks", 16), ("batch", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    options.clock = "processor" if options.device == "cpu" and options.threads == 1 else "wall"
-    options.machine = describe_machine(options.device)
-    table = pd.DataFrame([row for model in MODELS for row in measure(*model, options)])
-    print(table[["what", "images_per_second", "ratio", "spread", "clock"]].to_string(index=False))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {options.machine}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    table.to_csv(RESULTS, index=False)
+    add_arguments(parser, repeats=7)
+    options = parser.parse_args(arguments)
+    run = describe_run(options)
+    write_table([row for model in MODELS for row in measure(*model, options, run)], "mim", options.results)
 
 
 if __name__ == "__main__":

@@ -688,7 +688,7 @@ def make_rung_pair(pool: Any, rung: str, *, seed: int = 0) -> tuple[np.ndarray, 
 
     one, other = seeds.rng(seed, "ladder-pair").choice(len(pool), 2, replace=False)
     if rung == "released-view":
-        pixels = torch.from_numpy(pool.images[[one]]).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.asarray(pool.images[[one]])).permute(0, 3, 1, 2)
         side = pool.images.shape[1]
         view = views.make_views(pixels, [pool.image_ids[one]], view="random_resized_crop", size=side, seed=seed)
         return view[0].permute(1, 2, 0).numpy(), pool.images[other], "cropped", "whole"

@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -65,6 +66,61 @@ ARCH_COST = {
     "vit_small_patch8_32": (20.0, 21.4),
     "resnet18_32": (35.0, 11.2),
     "mobilenet_v2": (1.0, 6.6),
+}
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+class Cost(NamedTuple):
+    """What one image costs in one training step, all views, forward and backward.
+
+    Attributes:
+        gflop: 1e9 floating point operations (a multiplication and an addition are two).
+        megabytes: values kept for the backward pass, in float32.
+        trained, held: millions of parameters that are trained, and that are on the device (momentum twins too).
+    """
+
+    gflop: float
+    megabytes: float
+    trained: float
+    held: float
+
+
+# Counted on a CPU, and again by tests/test_plan.py. Encoders at their own size; segmenters for 64 x 128 pixels.
+GPU_COST = {
+    ("mae", "vit_small_patch8_32"): Cost(0.651, 1.62, 21.5, 21.5),
+    ("simmim", "vit_small_patch8_32"): Cost(2.197, 5.10, 21.4, 21.5),
+    ("dino", "vit_small_patch8_32"): Cost(7.125, 13.21, 21.6, 43.2),
+    ("moco", "vit_small_patch8_32"): Cost(5.844, 10.19, 22.0, 43.9),
+    ("moco-v2", "vit_small_patch8_32"): Cost(2.921, 5.07, 21.6, 43.2),
+    ("simclr", "vit_small_patch8_32"): Cost(4.381, 10.13, 21.5, 21.5),
+    ("simclr", "resnet18_32"): Cost(6.661, 9.43, 11.3, 11.3),
+    ("moco-v2", "resnet18_32"): Cost(4.443, 4.73, 11.5, 23.0),
+    ("mae", "vit_small_patch8_64"): Cost(2.237, 5.57, 21.5, 21.5),
+    ("dino", "vit_small_patch8_64"): Cost(27.235, 49.00, 21.6, 43.3),
+    ("moco", "vit_small_patch8_64"): Cost(22.838, 38.85, 22.0, 44.0),
+    ("upernet", "resnet50"): Cost(4.762, 18.08, 25.7, 25.8),
+    ("pspnet", "resnet50"): Cost(2.228, 12.79, 24.4, 24.4),
+    ("deeplabv3plus", "resnet50"): Cost(14.965, 20.75, 26.7, 26.7),
+}
+SEGMENTER_PIXELS = 64 * 128
+BATCH_SIZE, SEGMENTER_BATCH_SIZE = 64, 8  # of a row that names none: pretrain.METHODS
+# What a GPU is assumed to do beside the rate of the profile (gpu_tflops, in bfloat16). Never measured.
+STEP_SECONDS = 0.02  # launching the kernels of one step, however small the batch
+FLOAT32_SHARE = 1 / 8  # of that rate in float32
+HALF_SHARE = 0.55  # of the bytes kept for the backward pass in bf16-mixed: norms and sums stay float32
+CONTEXT_GB = 0.7  # CUDA itself
+PRIVATE_CHUNK_BYTES = 8e9  # per-example gradients held at a time on a GPU: pretrain.private
+# Data sets as their caches hold them: images, height, width, bytes a pixel (a mask is the fourth).
+DATA_SHAPES = {
+    "cifar10": (60_000, 32, 32, 3),
+    "cifar100": (60_000, 32, 32, 3),
+    "stl10": (13_000, 96, 96, 3),
+    "tiny_imagenet": (110_000, 64, 64, 3),
+    "camvid": (701, 360, 480, 4),
+    "oxford_pets": (7_349, 128, 128, 4),
+    "cityscapes": (3_475, 128, 256, 4),
+    "bdd100k": (8_000, 128, 256, 4),
+    "mapillary": (20_000, 128, 256, 4),
 }
 START_SECONDS = 6.0  # imports of one process
 CHECKPOINTS = 8  # kept along one training, the decoder and the resume state included
@@ -141,6 +197,8 @@ class Profile(_Strict):
         needs: rows that a notebook waits for, notebook name -> row field -> accepted values; not named: all rows
             (notebook 00: ``first`` only).
         notebook_seconds: estimated seconds of the notebooks, until measured.
+        gpu_tflops: of a profile that is meant for a GPU: 1e12 operations that it is assumed to do in a second, in
+            bfloat16 and while training; ``--plan`` then estimates GPU hours and memory. ``None``: for CPUs.
     """
 
     name: str
@@ -156,6 +214,7 @@ class Profile(_Strict):
     notebooks: dict[str, dict[str, Any]] = {}
     needs: dict[str, dict[str, list[str | int]]] = {}
     notebook_seconds: dict[str, float] = {}
+    gpu_tflops: float | None = Field(default=None, gt=0)
 
     def row(self, model_id: str) -> Row:
         """Return the row of a model.
@@ -272,6 +331,11 @@ def _check_whole(profile: Profile, source: str, name: str | None) -> None:
 def _find_wrong_defense(row: Row) -> str | None:
     """Say what is wrong with a row's defense: options that are missing, out of range, or of another method."""
     option, segments = STRENGTHS[row.defense], row.method in SEGMENTERS
+    precision = row.options.get("precision", PRECISIONS[0])
+    if precision not in PRECISIONS:
+        return f"options: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
+    if "privacy" in row.options and precision != PRECISIONS[0]:
+        return f"options: precision: private training needs {PRECISIONS[0]}, got {precision!r}"
     if "privacy" in row.options and row.defense != "dp-sgd":
         return f"defense: expected dp-sgd for a row with options: privacy, got {row.defense!r}"
     if row.defense in ("scsr", "crop-mixup") and not row.augmentation.startswith("crop"):
@@ -457,14 +521,16 @@ def _name_type(default: Any) -> str:
 
 
 def estimate_seconds(row: Row, profile: Profile | None = None) -> float:
-    """Estimate the seconds of one CPU thread that a row's training takes (imports apart).
+    """Estimate the seconds of one CPU thread that a row's training takes (imports apart); of a GPU where the profile
+    is meant for one.
 
     Encoders see pictures at their own size; a segmenter at the size that the profile loads them with.
     """
+    if profile is not None and profile.gpu_tflops is not None:
+        return estimate_gpu_seconds(row, profile)
     cost, _ = ARCH_COST.get(row.arch, (20.0, 20.0))
     if row.method in SEGMENTERS and profile is not None:
-        size = profile.datasets[row.dataset].get("size") or 32
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = _get_size(profile, row.dataset, default=32)
         cost *= height * width / 32**2
     if row.defense == "dp-sgd":
         cost *= PRIVATE_COST[row.method]
@@ -476,4 +542,84 @@ def estimate_seconds(row: Row, profile: Profile | None = None) -> float:
 def estimate_bytes(row: Row) -> float:
     """Estimate the bytes of a row's artifact: float32 weights times the checkpoints kept."""
     _, millions = ARCH_COST.get(row.arch, (20.0, 20.0))
+    if (row.method, row.arch) in GPU_COST:
+        millions = GPU_COST[row.method, row.arch].trained
     return millions * 1e6 * 4 * CHECKPOINTS
+
+
+def estimate_gpu_seconds(row: Row, profile: Profile) -> float:
+    """Estimate the seconds of one GPU that a row's training takes: arithmetic at the assumed rate, and its steps.
+
+    NaN for a method on an architecture that is not in ``GPU_COST``.
+    """
+    cost, batch = _get_cost(row, profile), _get_batch(row)
+    steps = row.epochs * max(row.n_train // batch, 1)
+    images = steps * batch
+    rate = profile.gpu_tflops * 1e12
+    if row.defense == "dp-sgd":
+        steps *= _count_private_parts(cost, batch)
+        images *= PRIVATE_COST[row.method]
+    elif row.defense == "distillation":
+        steps, images = steps * DISTILL_COST, images * DISTILL_COST
+    if row.options.get("precision", PRECISIONS[0]) == PRECISIONS[0]:
+        rate *= FLOAT32_SHARE
+    return steps * STEP_SECONDS + images * cost.gflop * 1e9 / rate
+
+
+def estimate_gpu_bytes(row: Row, profile: Profile) -> float:
+    """Estimate the peak memory of a GPU that trains a row, in bytes.
+
+    Weights (4 bytes each, momentum twins too), gradients and AdamW (12 more where trained; 2 more for the copies of
+    mixed precision), what the backward pass needs of a batch, the members as uint8 (unless streamed), and CUDA itself.
+    NaN as above.
+    """
+    cost, batch = _get_cost(row, profile), _get_batch(row)
+    height, width = _get_size(profile, row.dataset, default=32)
+    private = PRIVATE_CHUNK_BYTES if row.defense == "dp-sgd" else 0.0
+    if private:
+        batch = -(-batch // _count_private_parts(cost, batch))
+    mixed = row.options.get("precision", PRECISIONS[0]) != PRECISIONS[0]
+    weights = 4e6 * cost.held + (14e6 if mixed else 12e6) * cost.trained
+    kept = 1e6 * cost.megabytes * batch * (HALF_SHARE if mixed else 1.0)
+    members = 0 if profile.datasets[row.dataset].get("stream") else row.n_train * height * width * 3
+    return weights + kept + private + members + CONTEXT_GB * 1e9
+
+
+def estimate_data_bytes(profile: Profile, dataset: str) -> float:
+    """Estimate the bytes of a data set as it lies in its cache, and in memory; 0 where it is generated or a folder."""
+    if dataset.partition("@")[0] not in DATA_SHAPES or profile.datasets[dataset].get("stream"):
+        return 0.0
+    n, _, _, per_pixel = DATA_SHAPES[dataset.partition("@")[0]]
+    height, width = _get_size(profile, dataset)
+    return profile.datasets[dataset].get("n", n) * height * width * per_pixel
+
+
+def _get_cost(row: Row, profile: Profile) -> Cost:
+    """Cost of one image, at the size and with the mask ratio that a row is trained with."""
+    cost, scale = GPU_COST.get((row.method, row.arch), Cost(*[math.nan] * 4)), 1.0
+    if row.method in SEGMENTERS:
+        height, width = _get_size(profile, row.dataset, default=32)
+        scale = height * width / SEGMENTER_PIXELS
+    elif row.method == "mae":  # its encoder sees the patches that are not masked
+        scale = (1 - row.options.get("mask_ratio", 0.75)) / 0.25
+    return cost._replace(gflop=cost.gflop * scale, megabytes=cost.megabytes * scale)
+
+
+def _get_batch(row: Row) -> int:
+    default = SEGMENTER_BATCH_SIZE if row.method in SEGMENTERS else BATCH_SIZE
+    return min(row.options.get("batch_size", default), row.n_train)
+
+
+def _count_private_parts(cost: Cost, batch: int) -> int:
+    """Parts that a private step is done in, so that their per-example gradients fit."""
+    if math.isnan(cost.trained):
+        return 1
+    chunk = max(1, int(PRIVATE_CHUNK_BYTES / (4e6 * cost.trained)))
+    return -(-batch // chunk)
+
+
+def _get_size(profile: Profile, dataset: str, default: int | None = None) -> tuple[int, int]:
+    """Height and width that a profile loads a data set with: as it says, else as the cache holds it."""
+    known = DATA_SHAPES.get(dataset.partition("@")[0])
+    size = profile.datasets[dataset].get("size") or (known[1:3] if known else default)
+    return (size, size) if isinstance(size, int) else tuple(size)

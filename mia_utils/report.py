@@ -331,8 +331,113 @@ def times_markdown() -> str:
     return _make_markdown(list(frame.columns), frame.to_numpy().tolist())
 
 
+# benchmark -> what limits it, in the order of the README; others follow
+SPEED_LIMITS = {
+    "crops": "two matrix products per picture, and reading weights and pixels from memory",
+    "partcrop": "the encoder's forwards over all parts, which the whole attack makes once and not in every epoch",
+    "mim": "the forwards of encoder and decoder, one for every mask",
+    "encodermi": "the encoder's forwards over all views; beside a small encoder also making the views",
+    "segmentation": "the segmenter's forwards (another memory order is faster and moves the maps in their last digit)",
+    "training": "forward and backward; then the optimizer's pass over the weights and making the views",
+    "streaming": "decoding, which is Pillow's",
+    "graph": "the longest chain of jobs that wait for each other",
+}
+_MEMORY = (
+    ("above_mib", "images_mib"),
+    ("beyond_imports_mb", "decoded_mb"),
+)  # peak beyond what was there before; images
+_PARTS = ("views and masks", "updates")  # ways that explain another way in the CSV and say little beside it
+
+
+def speed_markdown(folder: str | Path | None = None) -> str:
+    """Return what the benchmarks measured, as markdown: rates, peak memory, and what limits each rate.
+
+    Args:
+        folder: of their CSV files, subfolders included; None: ``benchmarks/results``. Rows of rates have ``what``
+            (``"case: way"``), ``rate`` and ``ratio``, and where they apply ``unit``, ``against`` (the way with ratio
+            1), ``target`` (ratio to reach), ``met``, ``note`` (why not), ``machine`` and ``threads``. Rows of memory
+            have ``above_mib`` and ``images_mib``, or ``beyond_imports_mb`` and ``decoded_mb``.
+
+    Raises:
+        FileNotFoundError: there is no CSV file at all.
+    """
+    folder = Path(folder) if folder else paths.PACKAGE_ROOT / "benchmarks" / "results"
+    order = list(SPEED_LIMITS)
+    files = sorted(folder.rglob("*.csv"), key=lambda f: (order.index(f.stem) if f.stem in order else len(order), f))
+    if not files:
+        raise FileNotFoundError(f"no CSV file in {folder.name}: run the scripts in benchmarks/")
+    rates, memory, limits = [], [], {}
+    for path in files:
+        frame = pd.read_csv(path).rename(columns={"images_per_second": "rate"})
+        if columns := next((c for c in _MEMORY if set(c) <= set(frame.columns)), None):
+            memory += [(path.stem, *cells) for cells in _list_peaks(frame, *columns)]
+        elif "rate" in frame:
+            rates += [(path.stem, *cells) for cells in _list_rates(frame)]
+            limits[path.stem] = SPEED_LIMITS.get(path.stem)
+    head = ("benchmark", "case", "way", "rate", "ratio", "target", "machine")
+    aimed, others = ([cells for cells in rates if bool(cells[5]) is wanted] for wanted in (True, False))
+    parts = [_make_markdown(head, aimed)] if aimed else []
+    if others:
+        folded = _make_markdown(head, others)
+        parts.append(f"<details><summary>{len(others)} more rates</summary>\n\n{folded}\n\n</details>")
+    if memory:
+        parts.append(_make_markdown(("benchmark", "case", "way", "peak memory", "images in memory"), memory))
+    parts.append("\n".join(f"- {name}: limited by {limit}" for name, limit in limits.items() if limit))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _list_rates(frame: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Cells of the README for the rates of one benchmark: case, way, rate, ratio, target, machine."""
+    if "cores" in frame:  # of the whole graph: its ways differ in nothing else
+        frame = frame.assign(what=frame["what"] + ": " + frame["cores"].astype(str) + " cores")
+    records = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    baselines: dict[str, str] = {}
+    for row in records:
+        row["case"], _, row["way"] = row["what"].rpartition(": ")
+        if row["ratio"] == 1:  # tables of earlier versions don't name it
+            baselines.setdefault(row["case"], row["way"])
+    cells = []
+    for row in records:
+        baseline = row.get("against") or baselines.get(row["case"], "")
+        if row["way"] in (baseline, *_PARTS):
+            continue
+        target, machine = "", ", ".join(str(row.get("machine") or "").split(", ")[:2])
+        if row.get("target") is not None:
+            why = f" ({row['note']})" if row.get("note") else ""
+            target = f"at least {row['target']:g}: {'met' if row['met'] else 'not met' + why}"
+        if row.get("threads"):
+            machine += f", {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        ratio = f"{_round(row['ratio'])} x {baseline}"
+        cells.append(
+            (row["case"], row["way"], f"{_round(row['rate'])} {row.get('unit') or 'images/s'}", ratio, target, machine)
+        )
+    return cells
+
+
+def _list_peaks(frame: pd.DataFrame, own: str, images: str) -> list[tuple[str, ...]]:
+    """Cells of the README for the memory of one benchmark, the ends of every case: case, way, peak, size of images."""
+    found = frame["what"].str.rpartition(": ")
+    unit = {"mib": "MiB", "mb": "MB"}[own.rsplit("_", 1)[1]]
+    cells = []
+    for case, part in frame.assign(way=found[2]).groupby(found[0], sort=False):
+        if not case:  # what others are measured from
+            continue
+        ends = part.iloc[[0, -1]] if len(part) > 1 else part
+        cells += [
+            (case, row["way"], f"{row[own]:,.0f} {unit}", f"{row[images]:,.0f} {unit}")
+            for row in ends.to_dict("records")
+        ]
+    return cells
+
+
+def _round(value: float) -> str:
+    """Few digits, but no power of ten: ``0.0041``, ``0.92``, ``1.03``, ``12``, ``1,912``."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 SECTIONS = {
     "results": results_markdown,
+    "speed": speed_markdown,
     "times": times_markdown,
     "attacks": attack_table_markdown,
     "catalog": catalog_table,
@@ -342,8 +447,8 @@ SECTIONS = {
 def update_readme(path: str | Path | None = None) -> list[str]:
     """Rewrite the marked sections of the README from files.
 
-    A section stands between ``<!-- results:begin -->`` and ``<!-- results:end -->`` (likewise ``times``, ``attacks``,
-    ``catalog``). Sections that the README does not have are left out.
+    A section stands between ``<!-- results:begin -->`` and ``<!-- results:end -->`` (likewise ``speed``, ``times``,
+    ``attacks``, ``catalog``). Sections that the README does not have are left out.
 
     Returns:
         names of the sections written.

@@ -10,14 +10,17 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import io
+import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from mia_utils.profiles import Profile, Row
 USAGE = """usage: ./run_all.sh [PROFILE] [00 .. 08] [--plan] [--strict] [-- ENGINE_ARGS]
   (no arguments)    profile quick: train what is missing, execute every notebook, draw every figure
   PROFILE           {profiles}; with numbers: only these notebooks and what they need
-    --plan          print models, seconds and gigabytes, and stop
+    --plan          print models, seconds and gigabytes (GPU hours and memory of paper), and stop
     --strict        a data set that is missing is an error, not skipped rows
     -- ENGINE_ARGS  go to Snakemake, for example: -- --cores 4
   test [ARGS]       the test suite (arguments go to pytest)
@@ -41,6 +44,7 @@ GENERATED = ("scenes", "scenes-night", "scenes-sketch")
 DOWNLOADED = ("cifar10", "cifar100", "stl10", "camvid", "oxford_pets")
 FOLDERS = {"tiny_imagenet": "tiny-imagenet-200"}  # what the unpacked archive is called, where not as the data set
 NOTEBOOK_SECONDS = 60.0
+BASE_RAM_GB = 6.0  # a process of a GPU job: imports, CUDA, checkpoints, features
 SPARE_BYTES = 300e6  # scores, figures, executed notebooks and one half-written artifact
 
 
@@ -85,10 +89,9 @@ class Plan:
 
     @property
     def minutes(self) -> float:
-        """Wall-clock minutes of what is left to do, all workers busy."""
-        work = sum(profiles.estimate_seconds(row, self.profile) for row in self.missing) + sum(
-            map(self.get_notebook_seconds, self.notebooks)
-        )
+        """Wall-clock minutes of what is left to do, all workers busy (models without an estimate left out)."""
+        rows = [profiles.estimate_seconds(row, self.profile) for row in self.missing]
+        work = sum(keep_known(rows)) + sum(map(self.get_notebook_seconds, self.notebooks))
         starts = profiles.START_SECONDS * (len(self.train_jobs()) + len(self.notebooks))
         return (work + starts) / self.profile.workers / 60
 
@@ -255,6 +258,7 @@ def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = Fals
         dataset, reason = next(iter(plan.skipped.items()))
         raise ValueError(f"data set {dataset}: {reason}")
     needed = [row.id for notebook in plan.notebooks for row in profile.rows_needed(notebook)]
+    plan.notebooks = {name: (path, drop_skipped(plan, given)) for name, (path, given) in plan.notebooks.items()}
     for row in profile.models:
         if row.dataset in plan.skipped or (wanted and row.id not in needed):
             continue
@@ -271,11 +275,21 @@ def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = Fals
     return plan
 
 
+def drop_skipped(plan: Plan, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Leave the models of a missing data set out of a notebook's lists of models, where others are left in them."""
+    skipped = {row.id for row in plan.profile.models if row.dataset in plan.skipped}
+    lists = {key: value for key, value in parameters.items() if key.endswith("model_ids") and isinstance(value, list)}
+    left = {key: [model_id for model_id in value if model_id not in skipped] for key, value in lists.items()}
+    return parameters | {key: value for key, value in left.items() if value}
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
 def print_plan(plan: Plan) -> None:
-    """Print models, notebooks, seconds, gigabytes and minutes."""
+    """Print models, notebooks, seconds, gigabytes and minutes; of a profile for GPUs their hours and memory."""
+    if plan.profile.gpu_tflops is not None:
+        return print_gpu_plan(plan)
     width = max([len(row.id) for row in plan.profile.models] + [len(n) for n in plan.notebooks] + [8])
     missing = {row.id for row in plan.missing}
     print(f"{'model':<{width}}  {'state':<8}  {'seconds':>9}")
@@ -293,6 +307,61 @@ def print_plan(plan: Plan) -> None:
         f"{to_train} to train, {plan.n_bytes / 1e9:.2f} GB, about {format_minutes(plan.minutes)} "
         f"with {plan.profile.workers} jobs side by side (seconds are those of one CPU thread)"
     )
+
+
+def print_gpu_plan(plan: Plan) -> None:
+    """Print GPU hours, GPU memory and disk of each model, then what each notebook needs, then the assumptions."""
+    profile, missing = plan.profile, {row.id for row in plan.missing}
+    shown = [row for row in profile.models if row.id in missing or row.id in plan.done or row.dataset in plan.skipped]
+    hours = {row.id: plan.get_row_seconds(row) / 3600 for row in shown}
+    memory = {row.id: profiles.estimate_gpu_bytes(row, profile) / 1e9 for row in shown}
+    disk = {row.id: profiles.estimate_bytes(row) / 1e9 for row in shown}
+    width = max([len(row.id) for row in shown] + [len(name) for name in plan.notebooks] + [8])
+    print(f"{'model':<{width}}  {'state':<8}  {'GPU hours':>9}  {'GPU GB':>6}  {'disk GB':>7}")
+    for row in shown:
+        state = "to train" if row.id in missing else "done" if row.id in plan.done else "skipped"
+        numbers = f"{hours[row.id]:>9.1f}  {memory[row.id]:>6.1f}  {disk[row.id]:>7.2f}".replace("nan", "  ?")
+        print(f"{row.id:<{width}}  {state:<8}  {numbers}")
+    print()
+    print(
+        f"{'notebook':<{width}}  {'models':>6}  {'to train':>8}  {'their GPU hours':>15}  {'its own':>7}  "
+        f"{'GPU GB':>6}  {'RAM GB':>6}  {'disk GB':>7}"
+    )
+    for name in plan.notebooks:
+        needed = [row for row in profile.rows_needed(name) if row.dataset not in plan.skipped]
+        ids = [row.id for row in needed if row.id in missing]
+        pools = sum(profiles.estimate_data_bytes(profile, dataset) for dataset in {row.dataset for row in needed}) / 1e9
+        most = max(keep_known(memory[row.id] for row in needed if row.id in memory), default=0.0)
+        print(
+            f"{name:<{width}}  {len(needed):>6}  {len(ids):>8}  {sum(keep_known(hours[i] for i in ids)):>15.1f}  "
+            f"{plan.get_notebook_seconds(name) / 3600:>7.1f}  {most:>6.1f}  {pools + BASE_RAM_GB:>6.1f}  "
+            f"{sum(disk[i] for i in ids):>7.2f}"
+        )
+    data = {name: profiles.estimate_data_bytes(profile, name) / 1e9 for name in {row.dataset for row in plan.missing}}
+    sets = ", ".join(f"{name} {size:.1f}" for name, size in sorted(data.items()) if size) or "none"
+    training = sum(keep_known(hours[i] for i in missing))
+    own = sum(map(plan.get_notebook_seconds, plan.notebooks)) / 3600
+    most = max(keep_known(memory[i] for i in missing), default=0.0)
+    print(
+        f"\n{count(len(missing), 'model')} to train: {training:.1f} GPU hours, and {own:.1f} of the notebooks; "
+        f"at most {most:.1f} GB of GPU memory; {plan.n_bytes / 1e9:.1f} GB of disk, "
+        f"and {sum(data.values()):.1f} GB of data sets ({sets})"
+    )
+    rate, share, step = profile.gpu_tflops, profiles.FLOAT32_SHARE, 1000 * profiles.STEP_SECONDS
+    for line in (
+        f"estimate, not measured. Hours: {rate:g} TFLOP/s in bfloat16 and {rate * share:g} in float32 "
+        f"(profiles/{profile.name}.yaml: gpu_tflops) for the arithmetic, and {step:g} ms a step",
+        "GPU memory: weights, gradients and AdamW (16 bytes a parameter), what the backward pass keeps of a batch, the "
+        f"members, and {profiles.CONTEXT_GB:g} GB of CUDA. RAM: the data sets and {BASE_RAM_GB:g} GB",
+        f"Disk: {profiles.CHECKPOINTS} files of 4 bytes a parameter; features that the notebooks keep come on top",
+        "A model serves several notebooks; a notebook's own hours are the profile's guess until it has run here",
+    ):
+        print(line)
+
+
+def keep_known(values: Iterable[float]) -> list[float]:
+    """Return the values that are not NaN: estimates of models that have one."""
+    return [value for value in values if not math.isnan(value)]
 
 
 def format_minutes(minutes: float) -> str:
@@ -331,9 +400,10 @@ def run_profile(arguments: list[str]) -> int:
     if options.plan:
         print_plan(plan)
         return 0
+    command = get_engine_command(plan, engine_arguments)
     check_data_folder(plan.n_bytes)
     with hold_lock(plan):
-        return execute(plan, engine_arguments)
+        return execute(plan, command)
 
 
 @contextlib.contextmanager
@@ -361,8 +431,8 @@ def hold_lock(plan: Plan) -> Iterator[None]:
         yield
 
 
-def execute(plan: Plan, engine_arguments: list[str]) -> int:
-    """Run the graph, echo what happens, and report; returns 0 when everything is done, else 1."""
+def execute(plan: Plan, command: list[str]) -> int:
+    """Run the graph with the engine's command, echo what happens, and report; returns 0 when all is done, else 1."""
     n_models = len(plan.missing) + len(plan.done)
     to_train = count(len(plan.missing), "model")
     print(
@@ -376,9 +446,8 @@ def execute(plan: Plan, engine_arguments: list[str]) -> int:
     for marker in plan.build.glob("*.done"):  # artifacts alone say what is computed; notebooks always run again
         marker.unlink()
     jobs.write_json(plan.build / "plan.json", plan.to_json(run_id))
-    command = get_engine_command(plan, engine_arguments)
     environment = jobs.set_threads(dict(os.environ), plan.profile.threads)
-    if {"-n", "--dry-run", "--dryrun"} & set(engine_arguments):
+    if {"-n", "--dry-run", "--dryrun"} & set(command):
         return subprocess.run(command, env=environment).returncode
     echo = Echo(plan, run_id)
     with open(logs / "engine.log", "w") as log:
@@ -402,7 +471,11 @@ def execute(plan: Plan, engine_arguments: list[str]) -> int:
 
 
 def get_engine_command(plan: Plan, engine_arguments: list[str]) -> list[str]:
-    """Return the Snakemake command; the user's own arguments come last and win."""
+    """Return the Snakemake command; the user's own arguments come last and win.
+
+    Raises:
+        ValueError: arguments that the engine would refuse. One line.
+    """
     command = [
         sys.executable,
         "-m",
@@ -422,14 +495,39 @@ def get_engine_command(plan: Plan, engine_arguments: list[str]) -> list[str]:
         "--scheduler",
         "greedy",
     ]
-    given = {argument.split("=")[0] for argument in engine_arguments}
-    if not given & {"-n", "--dry-run", "--dryrun"}:
+    cores = ["--cores", str(plan.profile.workers)]
+    if not engine_arguments:
+        return [*command, "--quiet", "all", *cores]
+    asked = read_engine_arguments([*command[3:], *engine_arguments])
+    if not asked.dryrun:
         command += ["--quiet", "all"]
-    if not given & {"-c", "--cores", "-j", "--jobs"} and not any(
-        a[:2] in ("-c", "-j") and a[2:].isdigit() for a in given
-    ):
-        command += ["--cores", str(plan.profile.workers)]
+    if asked.executor not in (None, "local"):
+        # on a cluster --cores would bound what all jobs use together: it is left out, and they are counted
+        if asked.jobs is None:
+            raise ValueError(f"engine: executor {asked.executor!r} needs the number of jobs at once: add --jobs N")
+    elif asked.cores is None and asked.jobs is None:
+        command += cores
     return command + engine_arguments
+
+
+def read_engine_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Read the engine's command line, and the profiles that it names, with the engine's own parser.
+
+    Raises:
+        ValueError: what the engine would refuse, and an executor that is not installed. One line.
+    """
+    from snakemake.cli import parse_args
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse_args(arguments)[1]
+    except SystemExit:
+        reason = said.getvalue().strip().splitlines()[-1].rpartition("rror: ")[2]
+    if match := re.search(r"--executor/-e: invalid choice: '([\w-]+)'", reason):
+        plugin = f"snakemake-executor-plugin-{match[1]}"
+        raise ValueError(f"engine: executor {match[1]!r} is not installed: pip install {plugin}")
+    raise ValueError(f"engine: {reason}")
 
 
 def _raise_interrupt(*_: object) -> None:

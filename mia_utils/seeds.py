@@ -33,3 +33,60 @@ def generator(seed: int, *names: object) -> torch.Generator:
 def rng(seed: int, *names: object) -> np.random.Generator:
     """Return a numpy ``Generator`` for a named stream; cheap enough for one per image."""
     return np.random.Generator(np.random.Philox(key=derive(seed, *names)))
+
+
+class RowGenerator:
+    """Draws the numbers of a whole batch and gives those of some rows: what one of several processes trains on.
+
+    So the processes see together what a single one would have seen. Of ``np.random.Generator`` it has what training
+    uses; the first number of a ``size`` is the number of rows, ours.
+
+    Args:
+        rng: the stream of the whole batch; every process has it from its beginning.
+        n: rows of the whole batch.
+        rows: ours.
+
+    Raises:
+        ValueError: a ``size`` that does not begin with the number of our rows.
+    """
+
+    def __init__(self, rng: np.random.Generator, n: int, rows: slice):
+        self._rng, self._n, self._rows = rng, n, rows
+        self._n_rows = len(range(n)[rows])
+
+    def _widen(self, size: int | tuple[int, ...]) -> tuple[int, ...]:
+        """The size of the whole batch's draw."""
+        n_rows, *rest = (size,) if isinstance(size, (int, np.integer)) else size
+        if n_rows != self._n_rows:
+            raise ValueError(f"expected draws for the {self._n_rows} rows of this process, got size {size}")
+        return self._n, *rest
+
+    def random(self, size: int | tuple[int, ...], dtype: type = np.float64) -> np.ndarray:
+        """Uniform in [0, 1)."""
+        return self._rng.random(self._widen(size), dtype=dtype)[self._rows]
+
+    def uniform(self, low: float, high: float, size: int | tuple[int, ...]) -> np.ndarray:
+        """Uniform in [low, high)."""
+        return self._rng.uniform(low, high, self._widen(size))[self._rows]
+
+    def integers(self, low: int, high: int, size: int | tuple[int, ...]) -> np.ndarray:
+        """Integers in [low, high)."""
+        return self._rng.integers(low, high, self._widen(size))[self._rows]
+
+    def normal(self, loc: float, scale: float, size: int | tuple[int, ...]) -> np.ndarray:
+        """Gaussian of mean ``loc`` and sd ``scale``."""
+        return self._rng.normal(loc, scale, self._widen(size))[self._rows]
+
+    def beta(self, a: float, b: float, size: int | tuple[int, ...]) -> np.ndarray:
+        """Beta(a, b)."""
+        return self._rng.beta(a, b, self._widen(size))[self._rows]
+
+    def choice(self, a: int, size: int, replace: bool = True) -> np.ndarray:
+        """Integers in [0, a); with replacement also where the whole batch is larger than a."""
+        (n,) = self._widen(size)
+        return self._rng.choice(a, n, replace=replace or a < n)[self._rows]
+
+    def permutation(self, n: int) -> np.ndarray:
+        """Order of our rows among themselves: other processes' images are not at hand (the one draw that differs)."""
+        self._widen(n)
+        return self._rng.permutation(n)

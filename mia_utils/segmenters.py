@@ -591,7 +591,8 @@ class Segmentation(nn.Module):
                 f"augmentation {augmentation!r} changes colors, segmenters take none, flip, crop, crop-weak, "
                 "crop:LOW-HIGH"
             )
-        x, y = augment_pair(images, labels, size=size, rng=rng, **settings)
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 grids would move pixels and labels
+            x, y = augment_pair(images, labels, size=size, rng=rng, **settings)
         valid = y != VOID
         if bool((valid & (y >= self.n_classes)).any()):
             wrong = int(y[valid].max())
@@ -653,12 +654,13 @@ def measure_iou(segmenter: Segmenter, images: np.ndarray, masks: np.ndarray, *, 
     if len(images) == 0 or np.shape(masks) != np.shape(images)[:3]:
         raise ValueError(f"expected masks {np.shape(images)[:3]} for the images, got {np.shape(masks)}")
     settings = dict(num_classes=segmenter.n_classes, ignore_index=VOID, validate_args=False)
+    settings["sync_on_compute"] = False  # of several processes one alone measures
     jaccard = MulticlassJaccardIndex(average="none", zero_division=float("nan"), **settings)
     accuracy = MulticlassAccuracy(average="micro", **settings)
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            x = torch.from_numpy(np.ascontiguousarray(images[rows].transpose(0, 3, 1, 2))).float().div_(255)
+            x = torch.from_numpy(np.ascontiguousarray(np.asarray(images[rows]).transpose(0, 3, 1, 2))).float().div_(255)
             predicted = segmenter.posteriors(x).argmax(1).cpu()
             truth = torch.from_numpy(np.asarray(masks[rows])).long()
             jaccard.update(predicted, truth)

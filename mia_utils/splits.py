@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mia_utils import seeds
+from mia_utils.datasets.folders import ImageFiles, join_images
 
 if TYPE_CHECKING:
     from mia_utils.datasets import Pool
@@ -310,7 +311,7 @@ def join(pool: Pool, split: Split, other: Pool, other_split: Split) -> tuple[Poo
     joint = dataclasses.replace(
         pool,
         name=f"{pool.name}+{other.name}",
-        images=np.concatenate([pool.images[mine], other.images[theirs]]),
+        images=join_images([pool.images[mine], other.images[theirs]]),
         labels=labels,
         image_ids=np.concatenate([pool.image_ids[mine], np.strings.add(f"{other.name}:", other.image_ids[theirs])]),
         official_split=None,
@@ -346,10 +347,11 @@ def draw(
 ) -> Split:
     """Deal a pool into the roles of an experiment.
 
-    Exact duplicates (identical pixels) are dropped first, all but the first. Without groups every role has of each
-    label exactly its proportion of the pool, rounded down or up, and every image is as likely as any other of its
-    label to play any role. With groups whole groups are dealt, stratified by drive (the text before ``/``; without
-    one by the group's most frequent label); a group whose last frames are not needed lends them to nobody.
+    Exact duplicates (identical pixels; in a streamed pool, identical files) are dropped first, all but the first.
+    Without groups every role has of each label exactly its proportion of the pool, rounded down or up, and every image
+    is as likely as any other of its label to play any role. With groups whole groups are dealt, stratified by drive
+    (the text before ``/``; without one by the group's most frequent label); a group whose last frames are not needed
+    lends them to nobody.
 
     Args:
         pool: the pool; the draw does not depend on the order of its images.
@@ -437,12 +439,15 @@ def draw(
 # ---------------------------------------------------------------------------------------------- parts of draw
 
 
-def _find_unique(images: np.ndarray) -> np.ndarray:
+def _find_unique(images: np.ndarray | ImageFiles) -> np.ndarray:
     """Mark every image but the repetitions of an earlier one. (N, H, W, 3) -> (N,) bool."""
+    if isinstance(images, ImageFiles):  # files are compared, nothing is decoded
+        keys = (digest.tobytes() for digest in images.digests)
+    else:
+        keys = (hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in images)
     seen: set[bytes] = set()
     keep = np.zeros(len(images), dtype=bool)
-    for i, image in enumerate(images):
-        key = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+    for i, key in enumerate(keys):
         keep[i] = key not in seen
         seen.add(key)
     return keep

@@ -1,7 +1,8 @@
 """Train the models of a profile: ``python -m mia_utils.train PROFILE MODEL_ID [MODEL_ID ...]``.
 
 One row is one job: it finds its artifact or makes it, goes on inside a training that was killed, and writes the very
-folder that the notebooks look for.
+folder that the notebooks look for. ``torchrun --nproc-per-node N -m mia_utils.train PROFILE MODEL_ID`` trains a row on
+N GPUs, or in N processes on the CPU, to the same artifact: a batch stays as large as the row says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mia_utils import artifacts, profiles
+from mia_utils import artifacts, profiles, ranks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,9 +109,9 @@ def _chunks(index, size: int):
 
 
 def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
-    """Train the model of a row, or find it; returns the folder of its artifact."""
+    """Train the model of a row, or find it; returns the folder of its artifact (in every process of ``torchrun``)."""
     spec = spec_of(profile, row)
-    found = artifacts.find(spec)
+    found = ranks.share(artifacts.find(spec))
     if found:
         return found
     from mia_utils import pretrain, segmenters
@@ -120,7 +121,9 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
     members, strangers = get_sides(row, split)
     strangers = strangers[:HELDOUT_IMAGES]
 
-    def make(folder: Path) -> dict[str, Any]:
+    def make(folder: Path | None) -> dict[str, Any]:
+        """Train; write only where there is a folder."""
+
         def measure(epoch: int, encoder) -> dict[str, float]:
             # a reference row trains on images that measure the utility of others
             ends = (0, row.epochs) if row.role != "reference" else ()
@@ -155,6 +158,8 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
             **options,
             **row.options,
         )
+        if folder is None:
+            return {}
         run.save(folder)
         split.save(folder / "split.npz")  # the membership mask is kept with the model
         ends = {}
@@ -165,7 +170,17 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
             ends = {key: run.history[key].dropna().iloc[-1] for key in ("miou", "miou_members", "pixel_accuracy")}
         return {"settings": run.settings, "train_seconds": round(run.seconds, 2), "utility": ends, "id": row.id}
 
-    return artifacts.load_or_make(spec, make)
+    def start(folder: Path) -> dict[str, Any]:  # not called where another job was faster
+        ranks.share("train")
+        return make(folder)
+
+    if ranks.get_rank() == 0:  # it alone holds the lock of the artifact
+        return ranks.share(artifacts.load_or_make(spec, start))
+    answer = ranks.share(None)
+    if answer == "train":
+        make(None)
+        answer = ranks.share(None)
+    return answer
 
 
 def load_run(folder: Path) -> Run:
@@ -192,9 +207,11 @@ def main(arguments: list[str]) -> int:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         for row in rows:
             folder = train_row(profile, row, progress=sys.stderr.isatty())
-            print(f"{row.id}: {folder.name} ({artifacts.read_meta(folder)['train_seconds']:.0f} s)", flush=True)
+            if ranks.get_rank() == 0:
+                print(f"{row.id}: {folder.name} ({artifacts.read_meta(folder)['train_seconds']:.0f} s)", flush=True)
     except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
+        where = f"process {ranks.get_rank()}: " if ranks.get_rank() else ""
+        print(f"{where}{error}", file=sys.stderr)
         return 2
     return 0
 

@@ -6,8 +6,9 @@ A crop with antialiased bicubic resizing is linear in the image, so all crops of
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,9 +21,16 @@ def _draw_boxes(
     rng: np.random.Generator, n: int, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> np.ndarray:
     """Draw n boxes: the order of the draws is fixed, because resumed trainings repeat it."""
+    return _place_boxes(*_draw_tries(rng, n, scale, ratio), height, width, ratio)
+
+
+def _draw_tries(
+    rng: np.random.Generator, n: int, scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw share, log_ratio and shift of n boxes as :func:`_place_boxes` takes them."""
     share = rng.uniform(scale[0], scale[1], (n, 10))
     log_ratio = rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10))
-    return _place_boxes(share, log_ratio, rng.random((n, 2)), height, width, ratio)
+    return share, log_ratio, rng.random((n, 2))
 
 
 def _place_boxes(
@@ -37,9 +45,12 @@ def _place_boxes(
     Returns:
         (n, 4) int64 top, left, height, width.
     """
-    area, aspect = height * width * share, np.exp(log_ratio)
-    w, h = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    for n_tries in (1, share.shape[1]):  # small boxes always fit at once
+        area, aspect = height * width * share[:, :n_tries], np.exp(log_ratio[:, :n_tries])
+        w, h = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        if fits.any(axis=1).all():
+            break
     first = fits.argmax(axis=1)
     w, h = np.take_along_axis(w, first[:, None], 1)[:, 0], np.take_along_axis(h, first[:, None], 1)[:, 0]
     none = ~fits.any(axis=1)
@@ -78,21 +89,48 @@ def draw_boxes(
     """
     if n < 1 or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"expected n >= 1 and 0 < scale low <= high <= 1, got n={n}, scale={tuple(scale)}")
-    boxes, flips = np.empty((len(image_ids), n, 4), np.int64), np.empty((len(image_ids), n), bool)
+    tries, flips = [np.empty((len(image_ids), n, m)) for m in (10, 10, 2)], np.empty((len(image_ids), n), bool)
     for i, image_id in enumerate(image_ids):
         rng = seeds.rng(seed, stream, image_id)
-        boxes[i] = _draw_boxes(rng, n, height, width, scale, ratio)
+        for drawn, values in zip(tries, _draw_tries(rng, n, scale, ratio), strict=True):
+            drawn[i] = values
         flips[i] = rng.random(n) < 0.5
-    return torch.from_numpy(boxes), torch.from_numpy(flips)
+    # placed together: one pass over all images costs less than one for each
+    boxes = _place_boxes(*(drawn.reshape(-1, drawn.shape[-1]) for drawn in tries), height, width, ratio)
+    return torch.from_numpy(boxes).reshape(len(image_ids), n, 4), torch.from_numpy(flips)
 
 
-def _bicubic_weights(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
+def _bicubic_weights(start: Tensor, length: Tensor, n_in: int, n_out: int, flips: Tensor | None = None) -> Tensor:
     """Weights of antialiased bicubic resizing (a = -0.5) of [start, start + length) to n_out samples.
 
-    Returns (B, n_out, n_in), rows sum to one, zero outside the box (as cropping first and resizing then).
-    Boxes are whole pixels, so few intervals differ: each is computed once and gathered.
+    Returns (B, n_out, n_in), rows sum to one, zero outside the box (as cropping first and resizing then); rows in
+    reverse order where ``flips`` (B,) is set. Boxes are whole pixels, so few intervals differ: those of small images
+    are kept in a table, those of large ones are computed once a call.
     """
-    interval, which = torch.unique(start * (n_in + 1) + length, return_inverse=True)
+    n_intervals = n_in * (n_in + 1)
+    interval = start * (n_in + 1) + length
+    if flips is not None:
+        interval = interval + flips * n_intervals
+    if 8 * n_intervals * n_out * n_in <= _TABLE_BYTES:
+        return _tabulate_weights(n_in, n_out, interval.device)[interval]
+    interval, which = torch.unique(interval, return_inverse=True)
+    weight, mirrored = _compute_weights(interval % n_intervals, n_in, n_out), interval >= n_intervals
+    return torch.where(mirrored[:, None, None], weight.flip(1), weight)[which]
+
+
+_TABLE_BYTES = 64e6  # 64 px to 16 px takes 34 MB, 32 px to 16 px 4 MB
+
+
+@functools.lru_cache(maxsize=8)
+def _tabulate_weights(n_in: int, n_out: int, device: torch.device) -> Tensor:
+    """Weights of every interval of n_in pixels, then all mirrored (what reaches beyond n_in is never looked up)."""
+    with torch.inference_mode(False):  # a table made by an attack also serves a training
+        weight = _compute_weights(torch.arange(n_in * (n_in + 1), device=device), n_in, n_out)
+        return torch.cat([weight, weight.flip(1)])
+
+
+def _compute_weights(interval: Tensor, n_in: int, n_out: int) -> Tensor:
+    """Weights (B, n_out, n_in) of intervals numbered start * (n_in + 1) + length."""
     start, length = (interval // (n_in + 1)).float()[:, None, None], (interval % (n_in + 1)).float()[:, None, None]
     stretch = length / n_out
     centre = start + (torch.arange(n_out, device=start.device) + 0.5)[None, :, None] * stretch
@@ -100,7 +138,7 @@ def _bicubic_weights(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Te
     x = ((pixel + 0.5 - centre) / stretch.clamp(min=1.0)).abs()
     weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
     weight = weight * ((x < 2) & (pixel >= start) & (pixel < start + length))
-    return (weight / weight.sum(-1, keepdim=True))[which]
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def resized_crop(
@@ -125,22 +163,38 @@ def resized_crop(
         raise ValueError(f"expected (N, 3, H, W) and (N, K, 4), got {tuple(images.shape)} and {tuple(boxes.shape)}")
     n, channels, height, width = images.shape
     k = boxes.shape[1]
-    boxes = boxes.to(images.device).reshape(n * k, 4)
+    boxes, flips = boxes.to(images.device), None if flips is None else flips.to(images.device)
+    crops = torch.empty(n, k, channels, size, size, device=images.device)
+    # on a CPU as many images at once as its cache holds: about 2 MB for crops of 16 pixels
+    step = max(1, 128 // max(k, 1)) if images.device.type == "cpu" else max(n, 1)
+    for first in range(0, n, step):
+        block = slice(first, first + step)
+        flipped = None if flips is None else flips[block]
+        with torch.autocast(images.device.type, enabled=False):  # pixels are never rounded to bfloat16
+            _cut(images[block], boxes[block], flipped, rounded=rounded, out=crops[block])
+    return crops
+
+
+def _cut(images: Tensor, boxes: Tensor, flips: Tensor | None, *, rounded: bool, out: Tensor) -> None:
+    """Cut one block of :func:`resized_crop` into ``out`` (N, K, C, S, S).
+
+    The products are ordered so that nothing is copied between them.
+    """
+    (n, k, channels, size, _), (height, width) = out.shape, images.shape[2:]
+    boxes, flips = boxes.reshape(n * k, 4), None if flips is None else flips.reshape(-1)
     pixels = images.float() if images.dtype == torch.uint8 else images * 255.0
     weight_y = _bicubic_weights(boxes[:, 0], boxes[:, 2], height, size)  # (N K, S, H)
-    weight_x = _bicubic_weights(boxes[:, 1], boxes[:, 3], width, size)  # (N K, S, W)
-    if flips is not None:
-        weight_x = torch.where(flips.to(images.device).reshape(-1, 1, 1), weight_x.flip(1), weight_x)
-    # along the width: (N, C H, W) x (N, W, K S) -> (N, C H, K S)
-    rows = pixels.reshape(n, channels * height, width) @ weight_x.reshape(n, k * size, width).transpose(1, 2)
-    rows = rows.reshape(n, channels, height, k, size).permute(0, 3, 2, 1, 4).reshape(n * k, height, channels * size)
+    weight_x = _bicubic_weights(boxes[:, 1], boxes[:, 3], width, size, flips)  # (N K, S, W)
+    # along the width: (N, K S, W) x (N, W, C H) -> (N, K S, C H)
+    columns = weight_x.reshape(n, k * size, width) @ pixels.reshape(n, channels * height, width).transpose(1, 2)
     if rounded:
-        rows = rows.round_().clamp_(0, 255)
-    # along the height: (N K, S, H) x (N K, H, C S) -> (N K, S, C S)
-    crops = (weight_y @ rows).reshape(n, k, size, channels, size).permute(0, 1, 3, 2, 4)
+        columns = columns.round_().clamp_(0, 255)
+    # along the height: (N K, S, H) x (N K, H, S C) -> (N K, S, S C)
+    crops = weight_y @ columns.reshape(n * k, size * channels, height).transpose(1, 2)
     if rounded:
-        crops = crops.round()
-    return crops.clamp(0, 255).div(255.0)
+        crops = crops.round_()
+    crops = crops.clamp_(0, 255).reshape(n, k, size, size, channels)
+    torch.div(crops.permute(0, 1, 4, 2, 3), 255.0, out=out)
 
 
 def make_views(
@@ -221,6 +275,30 @@ def _to_gray(x: Tensor) -> Tensor:
     return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
+def _blur(x: Tensor, u: Tensor) -> Tensor:
+    """3-tap Gaussian per axis, sigma in (0.1, 2): the side tap's weight follows from sigma."""
+    side = torch.exp(-0.5 / (0.1 + 1.9 * u) ** 2)[:, None, None, None]
+    for axis in (2, 3):
+        size = x.shape[axis]
+        before = torch.cat([x.narrow(axis, 0, 1), x.narrow(axis, 0, size - 1)], axis)
+        after = torch.cat([x.narrow(axis, 1, size - 1), x.narrow(axis, size - 1, 1)], axis)
+        x = before.add_(after).mul_(side).add_(x).div_(1 + 2 * side)
+    return x
+
+
+def _change(x: Tensor, picked: Tensor, change: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    """Change the picked views of x (B, 3, H, W) in place and compute nothing for the others.
+
+    ``picked`` (B,) bool and the factors (B, ...) lie on the CPU, so that no step waits for the device to count.
+    """
+    rows = picked.nonzero()[:, 0]
+    if not len(rows):
+        return x
+    factors = [factor[rows].to(x.device) for factor in factors]
+    rows = rows.to(x.device)
+    return x.index_copy_(0, rows, change(x.index_select(0, rows), *factors))
+
+
 def augment(
     images: Tensor,
     *,
@@ -246,7 +324,7 @@ def augment(
         (B, 3, size, size) float32 in [0, 1].
     """
     b, _, height, width = images.shape
-    chance = torch.from_numpy(rng.random((b, 1, _N_CHANCES), dtype=np.float32)).to(images.device)
+    chance = torch.from_numpy(rng.random((b, 1, _N_CHANCES), dtype=np.float32))
     boxes = None
     if scale is not None:
         boxes = torch.from_numpy(_draw_boxes(rng, b, height, width, scale, (3 / 4, 4 / 3)))[:, None]
@@ -291,7 +369,7 @@ def query_views(
     draws = np.empty((len(images), n, _N_CHANCES + 22))  # one row a view, so fewer views are the first rows
     for row, image_id in zip(draws, image_ids, strict=True):
         seeds.rng(seed, stream, image_id).random(out=row)
-    chance = torch.from_numpy(draws[..., :_N_CHANCES].astype(np.float32)).to(images.device)
+    chance = torch.from_numpy(draws[..., :_N_CHANCES].astype(np.float32))
     scale, ratio, boxes = settings.pop("scale", None), (3 / 4, 4 / 3), None
     if scale is not None:
         low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -318,7 +396,8 @@ def _apply(
     Args:
         images: (B, 3, H, W) uint8.
         boxes: (B, K, 4) crops; None: the whole image.
-        chance: (B, K, 11) uniform in [0, 1): flip, jitter, its 4 factors, gray, blur, its width, solarize, unused.
+        chance: (B, K, 11) uniform in [0, 1), on the CPU: flip, jitter, its 4 factors, gray, blur, its width, solarize,
+            unused.
 
     Returns:
         (B K, 3, size, size) float32 in [0, 1].
@@ -332,21 +411,15 @@ def _apply(
             x = resized_crop(images, torch.tensor([0, 0, height, width]).repeat(b, 1, 1), size, rounded=False)[:, 0]
         else:
             x = images.float().div_(255.0)
-        x = x[:, None].expand(-1, k, -1, -1, -1).flatten(0, 1)
-        x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(3), x)
+        x = x.repeat_interleave(k, dim=0) if k > 1 else x
+        x = _change(x, mirrored.flatten(), lambda part: part.flip(3))
     chance = chance.flatten(0, 1)
     if jitter:
-        x = torch.where((chance[:, 1] < jitter)[:, None, None, None], _jitter(x, chance[:, 2:6]), x)
+        x = _change(x, chance[:, 1] < jitter, _jitter, chance[:, 2:6])
     if gray:
-        x = torch.where((chance[:, 6] < gray)[:, None, None, None], _to_gray(x).expand_as(x), x)
-    if blur:  # 3-tap Gaussian per axis, sigma in (0.1, 2): the side tap's weight follows from sigma
-        side = torch.exp(-0.5 / (0.1 + 1.9 * chance[:, 8]) ** 2)[:, None, None, None]
-        soft = x
-        for axis in (2, 3):
-            before = torch.cat([soft.narrow(axis, 0, 1), soft.narrow(axis, 0, size - 1)], axis)
-            after = torch.cat([soft.narrow(axis, 1, size - 1), soft.narrow(axis, size - 1, 1)], axis)
-            soft = (soft + side * (before + after)) / (1 + 2 * side)
-        x = torch.where((chance[:, 7] < blur)[:, None, None, None], soft, x)
+        x = _change(x, chance[:, 6] < gray, lambda part: _to_gray(part).expand_as(part))
+    if blur:
+        x = _change(x, chance[:, 7] < blur, _blur, chance[:, 8])
     if solarize:
-        x = torch.where(((chance[:, 9] < solarize)[:, None, None, None]) & (x >= 0.5), 1 - x, x)
+        x = _change(x, chance[:, 9] < solarize, lambda part: torch.where(part >= 0.5, 1 - part, part))
     return x.contiguous()

@@ -64,7 +64,7 @@ def test_a_killed_training_resumes_to_the_same_weights(pictures, tmp_path, metho
     settings = dict(arch=arch, epochs=6, batch_size=8, progress=False, **QUEUE.get(method, {}))
     fit = lambda **extra: pretrain.fit(method, pictures[0][:24], **settings, **extra)  # noqa: E731
     whole = fit()
-    fit(resume_path=tmp_path / "resume.pt", stop_after=7)  # ends in the middle, after three epochs
+    fit(resume_path=tmp_path / "resume.pt", stop_after=7)  # of 18: after the first of three steps of an epoch
     resumed = fit(resume_path=tmp_path / "resume.pt")
     for key, value in whole.states[6].items():
         assert torch.equal(value, resumed.states[6][key]), key

@@ -176,6 +176,52 @@ def test_readme_sections_are_rewritten_from_files(written, tmp_path: Path, monke
     assert readme.read_text() == first
 
 
+def test_the_speed_section_is_made_of_the_tables_of_the_benchmarks(tmp_path: Path):
+    rows = [
+        dict(what="mae: forward + backward", rate=1200.0, ratio=1.0),
+        dict(what="mae: fit", rate=1080.4, ratio=0.9003, target=0.75, met=True),
+        dict(what="mae: updates", rate=30000.0, ratio=25.0),
+        dict(what="dino: forward + backward", rate=200.0, ratio=1.0),
+        dict(what="dino: fit", rate=100.0, ratio=0.5, target=0.75, met=False, note="it draws"),
+    ]
+    common = dict(
+        unit="images/s", against="forward + backward", threads=1, machine="A chip, 2 cores, load 7.1 at first"
+    )
+    pd.DataFrame([row | common for row in rows]).to_csv(tmp_path / "training.csv", index=False)
+    (tmp_path / "gpu").mkdir()
+    old = pd.DataFrame({"what": ["a: bare loop", "a: scoring"], "images_per_second": [10.0, 9.0], "ratio": [1.0, 0.9]})
+    old.to_csv(tmp_path / "gpu" / "mim.csv", index=False)
+    text = report.speed_markdown(tmp_path)
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert [row for row in cells if row[0] in ("mim", "training")] == [
+        ["training", "mae", "fit", "1,080 images/s", "0.90 x forward + backward", "at least 0.75: met"]
+        + ["A chip, 2 cores, 1 thread"],
+        ["training", "dino", "fit", "100 images/s", "0.50 x forward + backward", "at least 0.75: not met (it draws)"]
+        + ["A chip, 2 cores, 1 thread"],
+        ["mim", "a", "scoring", "9.00 images/s", "0.90 x bare loop", "", ""],  # no target: folded away
+    ]
+    assert text.index("not met") < text.index("<details><summary>1 more rates") < text.index("| mim |")
+    limits = [line for line in text.splitlines() if line.startswith("- ")]
+    assert [line.split(":")[0] for line in limits] == ["- mim", "- training"]  # the others were not measured
+    sweep = {"what": ["images: 1,000", "images: 4,000", "images: 60,000"], "rate": [5.0, 5.0, 5.0], "ratio": [1.0] * 3}
+    sweep |= {"above_mib": [20.1, 21.0, 22.4], "images_mib": [2.9, 11.7, 175.8]}
+    pd.DataFrame(sweep).to_csv(tmp_path / "memory.csv", index=False)
+    text = report.speed_markdown(tmp_path)  # the ends of a sweep, and none of its rates
+    assert "| memory | images | 1,000 | 20 MiB | 3 MiB |\n| memory | images | 60,000 | 22 MiB | 176 MiB |" in text
+    assert "4,000" not in text and text.count("| memory |") == 2
+    with pytest.raises(FileNotFoundError, match="benchmarks"):
+        report.speed_markdown(tmp_path / "empty")
+
+
+def test_the_readme_holds_what_the_benchmarks_measured(tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- speed:begin -->\nSTALE\n<!-- speed:end -->\n")
+    assert report.update_readme(readme) == ["speed"]
+    measured = sorted(path.stem for path in (paths.PACKAGE_ROOT / "benchmarks" / "results").glob("*.csv"))
+    assert measured and all(f"| {name} |" in readme.read_text() for name in measured)
+    assert "speed:begin" in (paths.PACKAGE_ROOT / "README.md").read_text()
+
+
 def test_a_section_without_end_and_a_missing_table_are_one_line_errors(home, tmp_path: Path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- attacks:begin -->\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -205,12 +206,57 @@ def test_the_engines_own_arguments_win():
     assert {"--nolock", "--rerun-incomplete", "--keep-going"} < set(run.get_engine_command(plan, []))
 
 
-def test_a_wrong_engine_argument_is_reported_with_its_log(home):
+def test_what_the_engine_would_refuse_is_one_line_before_any_work(home):
     write_notebook(home / "notebooks/00_a.ipynb", PARAMETERS, "1")
     write_profile(home)
-    done = call("tiny", "--", "--nonsense", cwd=home)
-    assert done.returncode == 1
-    assert "unrecognized arguments: --nonsense), not run: 00_a; log build/tiny/logs/engine.log" in done.stdout
+    assert refuse("tiny", "--", "--nonsense") == "error: engine: unrecognized arguments: --nonsense\n"
+    assert refuse("tiny", "--", "--executor", "moon") == (
+        "error: engine: executor 'moon' is not installed: pip install snakemake-executor-plugin-moon\n"
+    )
+
+
+def test_an_executor_elsewhere_gets_a_number_of_jobs_and_no_cores(monkeypatch):
+    plan, asked = run.Plan(profiles.load("paper"), {}), {"executor": "slurm", "cores": None, "dryrun": False}
+    monkeypatch.setattr(run, "read_engine_arguments", lambda _: argparse.Namespace(**asked, jobs=20))
+    assert "--cores" not in run.get_engine_command(plan, ["--workflow-profile", "cluster"])
+    monkeypatch.setattr(run, "read_engine_arguments", lambda _: argparse.Namespace(**asked, jobs=None))
+    with pytest.raises(ValueError, match="engine: executor 'slurm' needs the number of jobs at once: add --jobs N"):
+        run.get_engine_command(plan, ["--executor", "slurm"])
+
+
+def write_cluster_profile(folder: Path, *more: str) -> Path:
+    """The project's example for a cluster, with the executor that every installation has."""
+    text = (ROOT / "profiles/cluster/config.yaml").read_text()
+    assert "\nexecutor: slurm\n" in text
+    folder.mkdir()
+    (folder / "config.yaml").write_text("\n".join([text.replace("executor: slurm", "executor: local"), *more]))
+    return folder
+
+
+def test_the_cluster_example_holds_the_engines_own_options_and_is_no_profile_of_models(tmp_path):
+    asked = run.read_engine_arguments(["--workflow-profile", str(write_cluster_profile(tmp_path / "good"))])
+    assert (asked.executor, asked.jobs, asked.retries, asked.latency_wait) == ("local", 20, 2, 60)
+    given = dict(text.split("=") for text in asked.default_resources.args)
+    assert given["gpu"] == "1" and int(given["cpus_per_task"]) == profiles.load("paper").threads
+    assert {"slurm_partition", "runtime", "mem_mb"} < set(given)
+    wrong = write_cluster_profile(tmp_path / "wrong", "jobz: 3")
+    with pytest.raises(ValueError, match="^engine: unrecognized arguments: --jobz"):
+        run.read_engine_arguments(["--workflow-profile", str(wrong)])
+    assert "cluster" not in profiles.list_names() and "config" not in profiles.list_names()
+
+
+def test_a_dry_run_with_the_cluster_example_lists_every_job_and_starts_none(home):
+    write_notebook(home / "notebooks/00_a.ipynb", PARAMETERS, "1")
+    data = "datasets: {scenes: {n: 3500}}"
+    write_profile(home, data, rows=[ROW.format(id=name, dataset="scenes") for name in ("a", "b")])
+    folder = write_cluster_profile(home / "cluster")
+    done = call("tiny", "--", "--workflow-profile", str(folder), "-n", cwd=home)
+    assert done.returncode == 0, done.stderr
+    listed = done.stdout + done.stderr
+    for rule in ("train_0", "train_1", "notebook_0"):
+        assert f"rule {rule}:" in listed
+    assert listed.count("slurm_partition=gpu, runtime=1440, cpus_per_task=4, gpu=1") >= 3
+    assert not list((home / "build/tiny").glob("*.done")) and not (home / "build/tiny/status").exists()
 
 
 def test_the_last_finding_counts_and_the_section_is_the_heading_above_the_failure():

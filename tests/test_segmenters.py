@@ -253,6 +253,16 @@ def test_without_augmentation_pixels_and_labels_are_untouched_and_void_survives_
     assert (y == 255).all()
 
 
+def test_mixed_precision_moves_no_label_and_no_pixel():
+    images, masks = to_tensors(*make_batch())
+    method = segmenters.UNet.build("mobilenet_v2", n_classes=5, **SMALL["unet"])
+    call = dict(augmentation="crop", size=(32, 64))
+    plain = method._augment(images, masks, rng=np.random.default_rng(0), **call)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = method._augment(images, masks, rng=np.random.default_rng(0), **call)
+    assert all(map(torch.equal, plain, mixed))
+
+
 def test_iou_leaves_void_and_absent_classes_out():
     labels = np.array([[[0, 0, 1, 255]]], np.uint8)
 

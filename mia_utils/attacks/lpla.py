@@ -40,7 +40,7 @@ def extract_norms(
 
     Args:
         encoder: has ``embed`` and ``input_size``.
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, 3) uint8; streamed ones (``datasets.folders.ImageFiles``) are decoded a chunk at a time.
         image_ids: N ids; nothing is random here, so they change nothing.
         p: order of the norm, > 0; ``float("inf")`` is the largest entry. On a class token after its layer norm the
             2-norm is all but constant: other p, or ``pooling="mean"``, have more to say.
@@ -60,7 +60,8 @@ def extract_norms(
     with tqdm(total=len(images), unit="image", desc="norms", disable=not progress, delay=5, leave=False) as bar:
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            ids, pixels = list(image_ids[rows]), torch.from_numpy(images[rows]).permute(0, 3, 1, 2).to(device)
+            ids, pixels = list(image_ids[rows]), torch.from_numpy(np.asarray(images[rows]))  # decoded here if streamed
+            pixels = pixels.permute(0, 3, 1, 2).to(device)
             with torch.inference_mode():
                 whole = views.make_views(pixels, ids, size=encoder.input_size, seed=seed)  # 1. (n, 3, S, S)
                 vectors = encoder.embed(whole, pooling=pooling)  # 2. (n, D)

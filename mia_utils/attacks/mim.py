@@ -110,18 +110,19 @@ def _check_model(autoencoder: object) -> None:
         raise ValueError(f"expected an autoencoder with reconstruct(images, masks) and n_tokens, got {got}")
 
 
-def _check_images(images: np.ndarray | Tensor) -> Tensor:
-    """Return images as (N, 3, H, W), uint8 or float32 in [0, 1]."""
-    images = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
-    if images.ndim == 4 and images.dtype == torch.uint8 and images.shape[3] == 3:
-        return images.permute(0, 3, 1, 2)
-    if images.ndim != 4 or not images.is_floating_point() or images.shape[1] != 3:
-        got = f"{tuple(images.shape)} {images.dtype}"
+def _take_images(images: np.ndarray | Tensor, rows: slice) -> Tensor:
+    """Return some images as (n, 3, H, W), uint8 or float32 in [0, 1]; streamed ones are decoded here."""
+    part = images[rows] if len(images.shape) == 4 else images
+    part = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part, order="C"))
+    if part.ndim == 4 and part.dtype == torch.uint8 and part.shape[3] == 3:
+        return part.permute(0, 3, 1, 2)
+    if part.ndim != 4 or not part.is_floating_point() or part.shape[1] != 3:
+        got = f"{tuple(images.shape)} {part.dtype}"
         raise ValueError(f"images: expected (N, H, W, 3) uint8 or (N, 3, H, W) float in [0, 1], got {got}")
     # NaN fails both comparisons
-    if not ((images >= 0) & (images <= 1)).all():
+    if not ((part >= 0) & (part <= 1)).all():
         raise ValueError("images: expected finite values in [0, 1], got others: divide 8-bit values by 255")
-    return images.float()
+    return part.float()
 
 
 def _count_pairs(autoencoder: object, device: torch.device, height: int, width: int) -> int:
@@ -157,10 +158,11 @@ def compute_distances(
     """
     space = _pick_space(autoencoder, distance=distance, region=region, space=space)
     _check_model(autoencoder)
-    images = _check_images(images)
+    images = images if hasattr(images, "shape") else np.asarray(images)
+    shape = _take_images(images, slice(0)).shape  # no image: shape and type alone are checked
     masks = draw_masks(n_masks, autoencoder.n_tokens, mask_ratio=mask_ratio, seed=seed)
     size = getattr(autoencoder, "input_size", None)  # None: takes the images as they are
-    height, width = (size, size) if size else images.shape[-2:]
+    height, width = (size, size) if size else shape[-2:]
     if height % (side := round(autoencoder.n_tokens**0.5)) or width % side:
         raise ValueError(f"images of {height} x {width} pixels can't be cut into {side} x {side} patches")
     device = torch.device("cpu")
@@ -173,7 +175,7 @@ def compute_distances(
     distances = np.empty((len(images), n_masks))
     with tqdm(total=len(images), unit="image", desc="reconstruct", disable=not progress, delay=5, leave=False) as bar:
         for start in range(0, len(images), chunk):
-            x = images[start : start + chunk].to(device)
+            x = _take_images(images, slice(start, start + chunk)).to(device)
             if x.shape[-2:] != (height, width):
                 x = views.make_views(x, [""] * len(x), view="resize", size=size, seed=seed)
             elif x.dtype == torch.uint8:
@@ -225,7 +227,8 @@ def score_reconstruction(
         autoencoder: has ``reconstruct(images, masks)`` and ``n_tokens`` (``pretrain.Run.decoder``, or anything); it is
             put into eval mode.
         images: (N, H, W, 3) uint8, or (N, 3, H, W) float in [0, 1]. Of another size than the model's ``input_size``
-            they are resized by the query transform all attacks use (``views.make_views``, "resize").
+            they are resized by the query transform all attacks use (``views.make_views``, "resize"). Streamed ones
+            (``datasets.folders.ImageFiles``) are decoded a chunk at a time.
         n_masks: masks per image (M), the same for every image.
         mask_ratio: share of hidden patches.
         distance, region: see :func:`measure_distance`.

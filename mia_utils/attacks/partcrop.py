@@ -46,7 +46,8 @@ def compute_responses(parts: Tensor, tokens: Tensor) -> Tensor:
         )
     if tokens.shape[1] < 2:
         raise ValueError(f"expected at least 2 tokens per image, got {tokens.shape[1]}: query a larger view")
-    s = parts @ tokens.transpose(1, 2)  # (N, K, D) x (N, D, L) -> (N, K, L)
+    with torch.autocast(parts.device.type, enabled=False):  # energies of bfloat16 products are off by tenths
+        s = parts @ tokens.transpose(1, 2)  # (N, K, D) x (N, D, L) -> (N, K, L)
     return torch.log_softmax(s, dim=-1)
 
 
@@ -130,7 +131,9 @@ def iterate_parts(
 
     Arguments as in :func:`extract_features`.
     """
-    images, size = np.asarray(images), encoder.input_size
+    if getattr(images, "dtype", None) != np.uint8:  # streamed images have their type, and stay in their files
+        images = np.asarray(images)
+    size = encoder.input_size
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
     if len(image_ids) != len(images):
@@ -142,7 +145,11 @@ def iterate_parts(
     with tqdm(total=len(images), unit="image", desc="part crops", disable=not progress, delay=5, leave=False) as bar:
         for start in range(0, len(images), chunk):
             rows = slice(start, start + chunk)
-            ids, pixels = list(image_ids[rows]), torch.from_numpy(images[rows]).permute(0, 3, 1, 2).to(device)
+            ids, pixels = list(image_ids[rows]), torch.from_numpy(np.asarray(images[rows]))  # decoded here if streamed
+            boxes, flips = views.draw_boxes(  # drawn while a GPU still works on the chunk before
+                ids, n_crops, height=size, width=size, scale=crop_scale, seed=seed, stream="partcrop"
+            )
+            pixels = pixels.permute(0, 3, 1, 2).to(device)
             with torch.inference_mode():
                 # 1. global view G, then K parts cut from G
                 whole = torch.empty(len(ids), 3, size, size, device=device)
@@ -151,9 +158,6 @@ def iterate_parts(
                     whole[same] = views.make_views(
                         pixels[same], [ids[i] for i in same], view=str(kind), size=size, seed=seed
                     )
-                boxes, flips = views.draw_boxes(
-                    ids, n_crops, height=size, width=size, scale=crop_scale, seed=seed, stream="partcrop"
-                )
                 crops = views.resized_crop(whole, boxes, crop_size, flips=flips)  # (n, K, 3, s, s)
                 # 2. all parts of the chunk in one forward
                 parts = encoder.embed(crops.flatten(0, 1), pooling=pooling)  # (n K, D)
@@ -181,7 +185,7 @@ def extract_features(
 
     Args:
         encoder: has ``tokens``, ``embed`` and ``input_size``.
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, 3) uint8; streamed ones (``datasets.folders.ImageFiles``) are decoded a chunk at a time.
         image_ids: N ids that key the crops: an image's features do not depend on its batch or its order.
         n_crops: parts per image (K).
         crop_scale: area range of a part as a share of the view (the paper's best of five).
@@ -209,8 +213,8 @@ def extract_features(
         batch_size=batch_size,
         progress=progress,
     )
-    features = [part_energies(parts.float(), tokens.float(), kind=kind, seed=seed).cpu() for parts, tokens in chunks]
-    return torch.cat(features) if features else torch.empty(0, n_crops * (2 if kind == "both" else 1))
+    features = [part_energies(parts.float(), tokens.float(), kind=kind, seed=seed) for parts, tokens in chunks]
+    return torch.cat(features).cpu() if features else torch.empty(0, n_crops * (2 if kind == "both" else 1))
 
 
 def responses(

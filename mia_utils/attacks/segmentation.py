@@ -159,25 +159,30 @@ def _to_grid(maps: Tensor) -> Tensor:
     return F.avg_pool2d(maps, GRID_STEP) if maps.shape[2] >= GRID_FROM else maps
 
 
+def get_chunk(device: str | torch.device, height: int, width: int) -> int:
+    """Images per forward, so that activations stay near the cache (CPU: 21 of 96 x 128) or fit in memory."""
+    pixels = 2**18 if torch.device(device).type == "cpu" else 2**23
+    return max(1, pixels // (height * width))
+
+
 def _query(
     model: Any, images: np.ndarray, masks: np.ndarray | None, image_ids: Sequence[str], batch: int | None, bar: bool
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield rows, posteriors (n, C, H, W) float32 and labels (n, H, W) of successive chunks of images."""
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+    images = images if hasattr(images, "shape") and not isinstance(images, Tensor) else np.asarray(images)
+    if len(images.shape) != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
     if len(image_ids) != len(images):
         raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
     if masks is not None and np.shape(masks) != images.shape[:3]:
         raise ValueError(f"masks: expected {images.shape[:3]} like the images, got {np.shape(masks)}")
     device = torch.device(getattr(model, "device", "cpu"))
-    # CPU: about 20 images of 96 x 128, whose activations stay near the cache
-    pixels = 2**18 if device.type == "cpu" else 2**23
-    chunk = batch or max(1, pixels // (images.shape[1] * images.shape[2]))
+    chunk = batch or get_chunk(device, *images.shape[1:3])
     with tqdm(total=len(images), unit="image", desc="segmenting", disable=not bar, delay=5, leave=False) as progress:
         for start in range(0, len(images), chunk):
             rows = slice(start, min(start + chunk, len(images)))
-            x = torch.from_numpy(np.ascontiguousarray(images[rows].transpose(0, 3, 1, 2))).to(device).float().div_(255)
+            pixels = np.asarray(images[rows]).transpose(0, 3, 1, 2)  # decoded here if streamed
+            x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float().div_(255)
             with torch.inference_mode():
                 posteriors = model.posteriors(x).float()
             if posteriors.ndim != 4 or len(posteriors) != len(x) or posteriors.shape[2:] != x.shape[2:]:
@@ -214,7 +219,7 @@ def extract_loss_map(
 
     Args:
         model: has ``posteriors(images (N, 3, H, W) in [0, 1]) -> (N, C, H, W)``.
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, 3) uint8; streamed ones (``datasets.folders.ImageFiles``) are decoded a chunk at a time.
         image_ids: N ids (they key the patches, which are drawn later).
         masks: (N, H, W) uint8 true labels, void 255.
         seed: unused: queries are deterministic. It is here so that this extract is called as all others.

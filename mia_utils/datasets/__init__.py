@@ -2,7 +2,8 @@
 
 ``load(name)`` looks for the cache ``<root>/<name>.npz`` (the array names of ``Pool``), else asks the source and
 writes the cache. Your own data set is one of three things: a folder (``folder:PATH``), an npz file with these array
-names in ``data/raw``, or one function given to ``register_source``.
+names in ``data/raw``, or one function given to ``register_source``. A folder that memory does not hold is streamed:
+``load("folder:PATH", size=224, stream=True)``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from PIL import Image
 
 from mia_utils import paths, seeds
 from mia_utils.datasets import folders, segmentation_sets, torchvision_sets
+from mia_utils.datasets.folders import ImageFiles
 from mia_utils.datasets.segmentation_sets import join_pools, map_labels  # noqa: F401 - public names
 
 VOID = 255  # label of pixels without a class, in every pool
@@ -54,7 +56,7 @@ class Pool:
 
     Attributes:
         name: name of the data set.
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, 3) uint8; of a streamed pool ``ImageFiles``, decoded by ``np.asarray(pool.images[rows])``.
         labels: (N,) int64 in [0, len(class_names)); zeros where images have no single class (segmentation).
         image_ids: (N,) str, unique, given by the source; random streams are keyed by them.
         official_split: (N,) str such as ``train`` and ``test``, or None.
@@ -70,7 +72,7 @@ class Pool:
     """
 
     name: str
-    images: np.ndarray
+    images: np.ndarray | ImageFiles
     labels: np.ndarray
     image_ids: np.ndarray
     official_split: np.ndarray | None
@@ -93,11 +95,15 @@ class Pool:
         n, h, w, _ = self.images.shape
         extra = [key for key in ("official_split", "masks", "groups", "part_boxes") if getattr(self, key) is not None]
         also = f", with {', '.join(extra)}" if extra else ""
+        also += ", streamed" if isinstance(self.images, ImageFiles) else ""
         return f"Pool({self.name!r}: {n} images of {h} x {w}, {len(self.class_names)} classes{also})"
 
     @cached_property
     def hash(self) -> str:
-        """blake2b of every array, 16 hex digits: equal for equal data, wherever it came from."""
+        """blake2b of every array, 16 hex digits: equal for equal data, wherever it came from.
+
+        Of streamed images the files' bytes are hashed, all read once, not the pixels: another hash than in memory.
+        """
         digest = hashlib.blake2b(digest_size=8)
         for key in ARRAYS:
             value = getattr(self, key)
@@ -106,8 +112,8 @@ class Pool:
             if isinstance(value, tuple) or value.dtype.kind == "U":
                 # the width of a numpy string type depends on its longest entry in the file: hash the text
                 value = np.frombuffer("\x1f".join(map(str, value)).encode(), dtype=np.uint8)
-            digest.update(f"{key} {value.dtype} {value.shape};".encode())
-            digest.update(np.ascontiguousarray(value))
+            digest.update(f"{key} {value.dtype} {value.shape};".encode())  # the shape says what files are scaled to
+            digest.update(np.ascontiguousarray(value.digests if isinstance(value, ImageFiles) else value))
         return digest.hexdigest()
 
     def take(self, index: np.ndarray) -> Pool:
@@ -153,6 +159,7 @@ def load(
     size: int | tuple[int, int] | None = None,
     n: int | None = None,
     seed: int = 0,
+    stream: bool = False,
 ) -> Pool:
     """Load a pool by name.
 
@@ -167,6 +174,7 @@ def load(
             scaled to cover it and center-cropped (Pillow bicubic; masks nearest). None keeps what is stored.
         n: number of images: scenes are generated (None: 3,000), of other sets n are drawn without replacement.
         seed: which scenes, or which n images.
+        stream: leave the images of a folder in their files, for sets that memory does not hold (``ImageFiles``).
 
     Returns:
         Pool
@@ -177,6 +185,10 @@ def load(
     """
     if not isinstance(name, str):
         raise ValueError(f"expected the name of a data set, got {name!r}: one of {', '.join(list_names())}")
+    if stream and not name.startswith("folder:"):
+        raise ValueError(
+            f"stream=True reads image folders (folder:PATH), got {name!r}, which is one cache file: leave it out"
+        )
     if "@" in name and not name.startswith("folder:"):  # the same pictures, their masks in another label space
         source, _, space = name.partition("@")
         if space in CARELESS:
@@ -193,7 +205,7 @@ def load(
     if name.startswith("folder:"):
         folder = Path(name.removeprefix("folder:")).expanduser()
         read = segmentation_sets.read_pairs if segmentation_sets.is_pairs(folder) else folders.read_folder
-        arrays = read(folder, size=height_width, n=n, seed=seed)
+        arrays = read(folder, size=height_width, n=n, seed=seed, stream=stream)
         return _make_pool(f"folder:{folder.resolve().name}", arrays, where=str(folder))
     known = name in SOURCES
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -247,7 +259,7 @@ def to_float(images: np.ndarray) -> torch.Tensor:
     """Turn stored images into what encoders take.
 
     Args:
-        images: (N, H, W, 3) uint8.
+        images: (N, H, W, 3) uint8, in memory or streamed.
 
     Returns:
         (N, 3, H, W) float32 in [0, 1], contiguous.
@@ -301,7 +313,8 @@ def check_arrays(arrays: Mapping[str, Any], *, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: array {key!r} is missing, found {', '.join(sorted(arrays)) or 'nothing'}")
     if "labels" not in arrays and "masks" not in arrays:
         raise ValueError(f"{where}: array 'labels' is missing (only pools with 'masks' may leave it out)")
-    out = {key: np.asarray(value) for key, value in arrays.items()}
+    # streamed images stay in their files: what is checked below are their type and shape
+    out = {key: value if isinstance(value, ImageFiles) else np.asarray(value) for key, value in arrays.items()}
 
     images = out["images"]
     if images.dtype != np.uint8:

@@ -1,9 +1,11 @@
-"""Images from disk: any image folder (``folder:PATH``) and Tiny ImageNet as it is unpacked."""
+"""Images from disk: any image folder (``folder:PATH``), in memory or streamed, and Tiny ImageNet as it is unpacked."""
 
 from __future__ import annotations
 
+import hashlib
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,142 @@ from mia_utils import seeds
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 OFFICIAL = {"train", "val", "test"}
+AT_ONCE = 256  # images that a loop over streamed images holds decoded
+QUEUED = 512  # files handed to the threads at a time
+
+
+class ImageFiles(np.lib.mixins.NDArrayOperatorsMixin):
+    """Images that stay in their files until they are asked for: an array uint8 (N, H, W, 3) that takes no memory.
+
+    An int gives one decoded image (H, W, 3); a slice, positions or a bool mask give another ``ImageFiles``, and nothing
+    is decoded. ``np.asarray(images[rows])`` decodes them in threads, as many as memory should hold at a time;
+    arithmetic and numpy functions decode everything they are given.
+
+    Attributes:
+        files: (N,) object, paths as text.
+        shape: (N, H, W, 3); ``dtype`` uint8, ``ndim`` 4.
+        nbytes: what the images would take decoded, in bytes.
+
+    Args:
+        files: paths, in the order of the images.
+        size: (height, width) to scale and crop to; None: all images must have one size, and their headers are read.
+
+    Raises:
+        ValueError: mixed sizes without ``size``. While decoding: a file that can not be read as an image, or that has
+            another size than before. One line that names the file.
+    """
+
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, files: Iterable[str | Path], *, size: tuple[int, int] | None = None) -> None:
+        self.files = np.array([str(file) for file in files], dtype=object)
+        if size is None and not len(self.files):
+            raise ValueError("expected at least one image file, or size= for none")
+        self._size = size
+        self._height_width = size if size is not None else _read_common_size(self.files)
+        self._digests: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self.files), *self._height_width, 3)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __repr__(self) -> str:
+        n, height, width, _ = self.shape
+        return f"ImageFiles({n} files, decoded to {height} x {width}: {self.nbytes / 1e9:.2f} GB)"
+
+    def __getitem__(self, index: Any) -> np.ndarray | ImageFiles:
+        if isinstance(index, tuple):  # images[i, ..., 0]: an index into pixels, of one image
+            if not index or not isinstance(index[0], (int, np.integer)):
+                raise TypeError(
+                    "streamed images: expected rows alone or one row and its pixels: np.asarray(images[rows])"
+                )
+            return self[index[0]][index[1:]]
+        if isinstance(index, (int, np.integer)):
+            return self._decode(self.files[operator.index(index)])
+        rows = index if isinstance(index, slice) else np.asarray(index)
+        if not isinstance(rows, slice) and rows.size == 0:
+            rows = rows.astype(np.int64)  # an empty list has the type float
+        part = object.__new__(type(self))
+        part.files, part._size, part._height_width = self.files[rows], self._size, self._height_width
+        part._digests = None if self._digests is None else self._digests[rows]
+        if part.files.ndim != 1:
+            raise TypeError(f"streamed images: expected positions (n,), got {part.files.shape}")
+        return part
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), AT_ONCE):
+            yield from np.asarray(self[start : start + AT_ONCE])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("streamed images are decoded, which makes a new array: copy=False is not possible")
+        decoded = self.decode()
+        return decoded if dtype is None else decoded.astype(dtype, copy=False)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        inputs = [np.asarray(x) if isinstance(x, ImageFiles) else x for x in inputs]
+        return getattr(ufunc, method)(*inputs, **kwargs)
+
+    def decode(self, *, title: str = "images", progress: bool = True) -> np.ndarray:
+        """Decode all images in threads (``np.asarray`` does the same). -> (N, H, W, 3) uint8
+
+        Args:
+            title: text before the progress bar.
+            progress: show a bar (images/s) when there are many files.
+
+        Raises:
+            ValueError: they do not fit in memory, or a file can not be read (named). One line.
+        """
+        if self.nbytes > 0.6 * _count_memory():
+            n, height, width, _ = self.shape
+            raise ValueError(
+                f"{n} images of {height} x {width} need {self.nbytes / 1e9:.1f} GB of memory: pass a smaller size= or "
+                "n=, or stream=True and decode a part at a time"
+            )
+        out = np.empty(self.shape, dtype=np.uint8)
+        for i, row in enumerate(_map_files(self._decode, self.files, title=f"reading {title}", progress=progress)):
+            out[i] = row
+        return out
+
+    def _decode(self, file: str) -> np.ndarray:
+        row = _read_image(file, self._size)
+        if row.shape[:2] != self._height_width:
+            expected, got = (f"{h} x {w}" for h, w in (self._height_width, row.shape[:2]))
+            raise ValueError(
+                f"{file}: expected {expected} pixels as when the folder was listed, got {got}: load it again"
+            )
+        return row
+
+    @property
+    def digests(self) -> np.ndarray:
+        """(N, 16) uint8 blake2b of each file, all read in threads once: who the images are, without decoding them."""
+        if self._digests is None:
+            rows = _map_files(_digest_file, self.files, title="comparing files")
+            self._digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 16)
+        return self._digests
+
+
+def join_images(parts: Sequence[np.ndarray | ImageFiles]) -> np.ndarray | ImageFiles:
+    """Concatenate images of one size; streamed where all parts are, else decoded."""
+    if not all(isinstance(part, ImageFiles) for part in parts):
+        return np.concatenate([np.asarray(part) for part in parts])
+    joint = parts[0][:0]
+    joint.files = np.concatenate([part.files for part in parts])
+    if any(part._size is not None for part in parts):
+        joint._size = joint._height_width  # changes nothing where images have this size already
+    joint._digests = None
+    return joint
 
 
 def read_folder(
-    path: str | Path, *, size: tuple[int, int] | None = None, n: int | None = None, seed: int = 0
+    path: str | Path, *, size: tuple[int, int] | None = None, n: int | None = None, seed: int = 0, stream: bool = False
 ) -> dict[str, Any]:
     """Read any image folder.
 
@@ -32,6 +166,7 @@ def read_folder(
         size: (height, width): scale each image to cover it, then center crop; None: all images must have one size.
         n: draw this many files before anything is decoded; None: all.
         seed: which n files.
+        stream: leave the images in their files (``ImageFiles``); each is decoded when it is used.
 
     Returns:
         dict with the arrays of a ``Pool``.
@@ -62,8 +197,9 @@ def read_folder(
     classes = [next(iter(p[is_official:]), "") or "all" for p in parts]
     class_names = tuple(sorted(set(classes)))
     numbers = {name: i for i, name in enumerate(class_names)}
+    images = ImageFiles((path / name for name in names), size=size)
     out = {
-        "images": read_images([path / name for name in names], size=size, title=path.name),
+        "images": images if stream else images.decode(title=path.name),
         "labels": np.array([numbers[name] for name in classes], dtype=np.int64),
         "image_ids": np.array(names),
         "class_names": class_names,
@@ -129,33 +265,7 @@ def read_images(
     Raises:
         ValueError: a file that can not be read as an image, or mixed sizes. One line that names the files.
     """
-    with ThreadPoolExecutor(count_threads()) as executor:
-        if size is None:
-            # headers first: mixed sizes are found before anything is decoded
-            sizes = executor.map(_read_size, files)
-            first = height_width = None
-            for file, found in zip(files, sizes, strict=True):
-                if first is None:
-                    first, height_width = file, found
-                elif found != height_width:
-                    raise ValueError(
-                        f"images of mixed sizes: {first} is {height_width[0]} x {height_width[1]}, {file} is "
-                        f"{found[0]} x {found[1]} (height x width): pass size= to scale and center-crop them"
-                    )
-        else:
-            height_width = size
-        n_bytes = len(files) * height_width[0] * height_width[1] * 3
-        if n_bytes > 0.6 * _count_memory():
-            raise ValueError(
-                f"{len(files)} images of {height_width[0]} x {height_width[1]} need {n_bytes / 1e9:.1f} GB of memory: "
-                "pass a smaller size= or n="
-            )
-        out = np.empty((len(files), *height_width, 3), dtype=np.uint8)
-        rows = executor.map(lambda file: _read_image(file, size), files)
-        bar = tqdm(rows, total=len(files), desc=f"reading {title}", unit="image", disable=not progress or None)
-        for i, row in enumerate(bar if len(files) >= 1000 else rows):
-            out[i] = row
-    return out
+    return ImageFiles(files, size=size).decode(title=title, progress=progress)
 
 
 def cover(image: Image.Image, size: tuple[int, int], how: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
@@ -173,7 +283,9 @@ def cover(image: Image.Image, size: tuple[int, int], how: Image.Resampling = Ima
 
 def count_threads() -> int:
     """Return the number of decoding threads: Pillow releases the interpreter lock while it decodes."""
-    return min(8, os.cpu_count() or 1)
+    # on a cluster a job may use fewer cores than the machine has
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
 
 
 def _list_images(path: Path) -> list[str]:
@@ -188,7 +300,43 @@ def _list_images(path: Path) -> list[str]:
     return names
 
 
-def _read_size(file: Path) -> tuple[int, int]:
+def _map_files(
+    function: Callable[[str], Any], files: Sequence[str], *, title: str, progress: bool = True
+) -> Iterator[Any]:
+    """Call a function of each file in threads; results in order, with a bar when there are many."""
+    show = progress and len(files) >= 1000
+    n_threads = count_threads()
+    together = max(1, min(8, len(files) // (4 * n_threads)))  # one by one, handing over costs a tenth of a decoding
+
+    def run(part: Sequence[str]) -> list[Any]:
+        return [function(file) for file in part]
+
+    with (
+        ThreadPoolExecutor(n_threads) as executor,
+        tqdm(total=len(files), desc=title, unit="image", disable=None if show else True) as bar,
+    ):
+        for start in range(0, len(files), QUEUED):  # a queue entry takes a kilobyte: millions of files, few entries
+            queued = files[start : start + QUEUED]
+            for rows in executor.map(run, (queued[i : i + together] for i in range(0, len(queued), together))):
+                yield from rows
+                bar.update(len(rows))
+
+
+def _read_common_size(files: Sequence[str]) -> tuple[int, int]:
+    """Height and width that all images share, from their headers: mixed sizes are found before anything is decoded."""
+    first = height_width = None
+    for file, found in zip(files, _map_files(_read_size, files, title="reading headers"), strict=True):
+        if first is None:
+            first, height_width = file, found
+        elif found != height_width:
+            raise ValueError(
+                f"images of mixed sizes: {first} is {height_width[0]} x {height_width[1]}, {file} is "
+                f"{found[0]} x {found[1]} (height x width): pass size= to scale and center-crop them"
+            )
+    return height_width
+
+
+def _read_size(file: str) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             return image.height, image.width
@@ -196,7 +344,7 @@ def _read_size(file: Path) -> tuple[int, int]:
         raise _make_error(file, error) from error
 
 
-def _read_image(file: Path, size: tuple[int, int] | None) -> np.ndarray:
+def _read_image(file: str, size: tuple[int, int] | None) -> np.ndarray:
     try:
         with Image.open(file) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -208,7 +356,15 @@ def _read_image(file: Path, size: tuple[int, int] | None) -> np.ndarray:
         raise _make_error(file, error) from error
 
 
-def _make_error(file: Path, error: Exception) -> ValueError:
+def _digest_file(file: str) -> bytes:
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).digest()
+    except OSError as error:
+        raise _make_error(file, error) from error
+
+
+def _make_error(file: str, error: Exception) -> ValueError:
     if isinstance(error, FileNotFoundError):
         return ValueError(f"{file}: no such file: the folder is incomplete")
     reason = " ".join(str(error).replace(str(file), "file").split()) or type(error).__name__

@@ -292,6 +292,7 @@ def read_pairs(
     n: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Read a folder ``PATH/images`` of pictures and ``PATH/masks`` of label maps with the same names.
 
@@ -305,6 +306,7 @@ def read_pairs(
         n: draw this many pairs before anything is decoded; None: all.
         seed: which n pairs.
         class_names: instead of ``classes.txt``; without both, classes are numbered up to the largest id found.
+        stream: leave the images in their files; the masks, a third of the bytes, are read.
 
     Returns:
         dict with the arrays of a ``Pool``; image ids are the paths below ``images``.
@@ -357,8 +359,9 @@ def read_pairs(
     if class_names is None:
         found = np.flatnonzero(np.bincount(label_maps.ravel(), minlength=256)[:VOID])
         class_names = [f"class {i}" for i in range(int(found.max(initial=0)) + 1)]
+    images = folders.ImageFiles(files, size=size)
     out = {
-        "images": folders.read_images(files, size=size, title=path.name),
+        "images": images if stream else images.decode(title=path.name),
         "masks": label_maps,
         "image_ids": np.array(names),
         "class_names": tuple(class_names),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,7 +239,8 @@ def group(results: Iterable[Any], *, controls: Sequence[str] = ("no-model", "unt
                 f"two results for {facts['attack']} on {facts['model']}, seed {seed}, differ: remove one of them"
             )
         bucket.setdefault(seed, result)
-    return [make_entry(tuple(b[s] for s in sorted(b)), controls) for b in buckets.values()]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # most of a bootstrap lies outside the interpreter
+        return list(pool.map(lambda b: make_entry(tuple(b[s] for s in sorted(b)), controls), buckets.values()))
 
 
 def make_entry(results: tuple[Any, ...], controls: Sequence[str]) -> Entry:

@@ -30,7 +30,9 @@ def register(name: str, method: type, *, lr: float, weight_decay: float, batch_s
     Args:
         name: how profiles call it.
         method: ``nn.Module`` with ``pooling``, ``backbone``, ``loss(images, *, augmentation, size, rng, progress)``
-            and ``after_step(progress)``; see ``pretrain/simclr.py`` for the shortest one.
+            and ``after_step(progress)``; see ``pretrain/simclr.py`` for the shortest one. ``loss`` is a mean over the
+            images and draws from ``rng`` one row of numbers for each; for several processes it must reach the same
+            weights in every step, and for half precision augment with ``pretrain.inputs.augment``.
         lr, weight_decay, batch_size, augmentation: its defaults.
     """
     METHODS[name] = (method, dict(lr=lr, weight_decay=weight_decay, batch_size=batch_size, augmentation=augmentation))

@@ -16,6 +16,7 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
 from mia_utils import views
+from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="dino", clip=3.0)
 
@@ -67,17 +68,18 @@ class DINO(nn.Module):
         """Cross-entropy between teacher (two global views) and student (all views) of a batch (B, 3, H, W) uint8."""
         settings = views.parse_augmentation(augmentation)
         local = {**settings, "scale": views.AUGMENTATIONS["dino-local"]["scale"]}
-        large = torch.cat([views.augment(images, size=size, rng=rng, **settings, solarize=0.2 * i) for i in range(2)])
+        large = torch.cat([inputs.augment(images, size=size, rng=rng, **settings, solarize=0.2 * i) for i in range(2)])
         large = (large - 0.5) / 0.5
         with torch.no_grad():
             teacher = self.teacher_head(self.backbone.forward_features(large)[:, 0]).float().chunk(2)
         vectors = [self.student.forward_features(large)[:, 0]]
         if self.n_local:
-            small = [views.augment(images, size=size // 2, rng=rng, **local) for _ in range(self.n_local)]
+            small = [inputs.augment(images, size=size // 2, rng=rng, **local) for _ in range(self.n_local)]
             vectors.append(self.student.forward_features((torch.cat(small) - 0.5) / 0.5)[:, 0])
         student = self.student_head(torch.cat(vectors)).float().chunk(2 + self.n_local)
         center = self.criterion.center.clone()
-        loss = self.criterion(list(teacher), list(student))
+        with torch.autocast(center.device.type, enabled=False):  # it sums products over batch and prototypes
+            loss = self.criterion(list(teacher), list(student))  # and means the center over all processes
         if not self.training:  # measuring a loss must not move the center
             self.criterion.center.copy_(center)
         return loss

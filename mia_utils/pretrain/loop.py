@@ -1,7 +1,12 @@
 """The only training loop: every encoder of the book is trained here.
 
-The data set lives on the device as uint8 and is augmented there in batches. Every step draws from its own named
-stream, so a training that was killed continues with the very numbers it would have seen.
+The data set lives on the device as uint8 (or is streamed from disk) and is augmented there in batches. Every step draws
+from its own named stream, so a training that was killed continues, at the very step, with the numbers it would have
+seen.
+
+Several processes (``torchrun``) take equal parts of every batch and draw the numbers of the whole one, so that they
+train the model a single process would have trained. Two things differ: batch norm on a CPU uses each process's own part
+(on CUDA it is synchronized), and segmenters average over the valid pixels of each part.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +24,17 @@ import pandas as pd
 import torch
 from lightly.utils.scheduler import CosineWarmupScheduler
 from safetensors.torch import load_file, save_file
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mia_utils import defenses, encoders, pretrain, seeds, segmenters
+from mia_utils import defenses, encoders, pretrain, ranks, seeds, segmenters
 from mia_utils.encoders import Encoder
+from mia_utils.pretrain import inputs
 from mia_utils.segmenters import Segmenter
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+WRITING = 0.05  # share of the time that may go into writing the resume state, however large it is
 
 
 @dataclass
@@ -150,18 +160,24 @@ def _pick_epochs(epochs: int, checkpoints: Sequence[int] | None) -> list[int]:
 
 
 def _measure_loss(
-    method: nn.Module, images: Tensor, labels: Tensor | None, size: int, augmentation: str, batch_size: int
+    method: nn.Module,
+    images: Tensor | inputs.Streamed,
+    labels: Tensor | None,
+    size: int,
+    augmentation: str,
+    batch_size: int,
 ) -> float:
-    """Mean loss in eval mode with views that are the same at every call.
+    """Mean loss in eval mode, in float32, with views that are the same at every call.
 
-    Members and strangers are cut into whole batches of one size: a contrastive loss grows with its batch.
+    Members and strangers are cut into whole batches of one size: a contrastive loss grows with its batch. So every
+    process measures them all.
     """
     method.eval()
     losses, rng = [], seeds.rng(0, "measure-loss")
+    starts = range(0, max(len(images) - batch_size, 0) + 1, batch_size)
     with torch.no_grad():
-        for start in range(0, max(len(images) - batch_size, 0) + 1, batch_size):
-            batch = images[start : start + batch_size]
-            extra = {} if labels is None else {"labels": labels[start : start + batch_size]}
+        for rows, batch in inputs.read(images, (slice(start, start + batch_size) for start in starts)):
+            extra = {} if labels is None else {"labels": labels[rows]}
             loss = method.loss(batch, augmentation=augmentation, size=size, rng=rng, progress=1.0, **extra)
             losses.append(float(loss))
     _set_training(method)
@@ -216,24 +232,28 @@ def fit(
 
     Args:
         method: a key of ``pretrain.METHODS``.
-        images: (N, H, W, 3) uint8, the members.
+        images: (N, H, W, 3) uint8, the members. An array goes onto the device; another array-like (``ImageFiles``, a
+            memory map) is streamed: its batches are decoded ahead in a thread, to the same weights.
         arch: backbone, ``encoders.ARCHS`` or a timm name; trained at its own input size. None: that of ``encoder``.
         epochs: passes over the images.
         seed: of weights, order and augmentation (streams of their own; the global random state is not used).
         encoder: start from its weights and leave them as they are: only the decoder of a masked-image model is
             trained (the attacker's own decoder over a target that was released without one).
         labels: (N,) int, for supervised training.
-        heldout, heldout_labels: images (M, H, W, 3) that are never trained on; their loss goes into ``history``.
+        heldout, heldout_labels: images (M, H, W, 3) that are never trained on, an array or streamed; their loss goes
+            into ``history``.
         augmentation: name from ``views.AUGMENTATIONS``; None: the method's own.
-        batch_size, lr, weight_decay: None: the method's own (AdamW).
+        batch_size, lr, weight_decay: None: the method's own (AdamW). A batch is that of all processes together.
         warmup: share of the steps with linear warm-up; a cosine to zero follows.
         checkpoints: epochs whose weights are kept; None: five, evenly in the logarithm. 0 and the end always are.
-        resume_path: file that keeps optimizer and step; a killed training goes on from there.
-        save_every: seconds between two writes of it.
+        resume_path: file that keeps optimizer and step; a killed training goes on from that very step. That of other
+            settings is ignored. All processes must see it; process 0 writes it.
+        save_every: seconds between two writes of it, more where a write takes long; 0: after every step.
         progress: show a bar.
         device: None: CUDA when there is one, else the CPU.
-        precision: lightning-fabric's name, for example ``"bf16-mixed"``.
-        on_checkpoint: called with (epoch, encoder) at every kept epoch; its dict goes into ``history``.
+        precision: ``"32-true"``, or ``"bf16-mixed"`` (``"16-mixed"``): networks in half precision; views, losses,
+            weights and what is measured stay float32.
+        on_checkpoint: called with (epoch, encoder) at every kept epoch, in process 0; its dict goes into ``history``.
         stop_after: stop after this many steps and return nothing of use (tests of resuming).
         privacy: train with DP-SGD (``pretrain.private``): keyword arguments of ``defenses.plan_privacy``, that is
             ``epsilon`` (or ``noise_multiplier``), ``delta``, ``max_grad_norm``. Batches are then Poisson samples of
@@ -247,16 +267,17 @@ def fit(
         Run.
 
     Raises:
-        ValueError: wrong shapes, unknown names, a loss that is no longer finite, a training that can't be private.
+        ValueError: wrong shapes, unknown names, a loss that is no longer finite, a training that can't be private, a
+            batch that the processes can't share equally.
     """
-    from lightning_fabric import Fabric
-
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"expected images (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
     if len(images) < 2 or epochs < 1:
         raise ValueError(f"expected at least 2 images and 1 epoch, got {len(images)} and {epochs}")
     if method not in pretrain.METHODS:
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(pretrain.METHODS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"expected precision one of {', '.join(PRECISIONS)}, got {precision!r}")
     cls, defaults = pretrain.METHODS[method]
     if encoder is not None:
         if not hasattr(cls, "reconstruct"):
@@ -295,10 +316,17 @@ def fit(
     if privacy is not None:
         plan = defenses.plan_privacy(n_images=len(images), batch_size=batch_size, steps=n_steps, **privacy)
         settings["privacy"] = plan
+    if precision != "32-true":
+        settings["precision"] = precision
+    if privacy is not None and ranks.count() > 1:
+        raise ValueError(f"private training runs in one process, got {ranks.count()}: start it without torchrun")
+    if batch_size % ranks.count():
+        raise ValueError(
+            f"expected a batch that {ranks.count()} processes share equally, got {batch_size} images: set batch_size "
+            f"to a multiple of {ranks.count()}, or start another number of processes"
+        )
 
-    on_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    accelerator = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    fabric = Fabric(accelerator=accelerator, devices="auto" if on_torchrun else 1, precision=precision)
+    fabric = ranks.launch(device=device, precision=precision)
     model = pretrain.build(method, arch, seed=seed, **options)
     if encoder is not None:
         model.backbone.load_state_dict(encoder.module.state_dict())
@@ -307,6 +335,8 @@ def fit(
         raise ValueError(f"expected queue_size up to half of the {len(images)} images, got {model.queue_size}")
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)  # convolutional networks train half as fast again on a CPU
+    if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has none for CPUs
+        model = convert_sync_batchnorm(model)
     size = model.input_size
     if privacy is not None:
         defenses.freeze_tokens(model)
@@ -314,41 +344,45 @@ def fit(
     decay = [p for p in trained if p.ndim > 1]
     groups = [{"params": decay, "weight_decay": weight_decay}]
     groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    fused = precision != "16-mixed"  # whose scaled gradients could not be clipped
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
     schedule = CosineWarmupScheduler(optimizer, warmup_epochs=max(int(n_steps * warmup), 1), max_epochs=n_steps + 1)
     _set_training(model)
     wrapped, optimizer = fabric.setup(model, optimizer)
     wrapped.mark_forward_method("loss")
 
-    def to_device(array: np.ndarray | None) -> Tensor | None:
-        if array is None:
+    def to_device(labels: np.ndarray | None) -> Tensor | None:
+        if labels is None or not supervised:
             return None
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return (tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor.long()).to(fabric.device)
+        return torch.from_numpy(np.ascontiguousarray(labels)).long().to(fabric.device)
 
-    data, targets = to_device(images), to_device(labels) if supervised else None
-    outside, outside_targets = to_device(heldout), to_device(heldout_labels) if supervised else None
+    data, targets = inputs.place(images, fabric.device), to_device(labels)
+    outside = None if heldout is None else inputs.place(heldout, fabric.device)
+    outside_targets = to_device(heldout_labels)
     if reference is not None:
-        model.reference = to_device(reference), to_device(reference_labels)
+        model.reference = inputs.to_tensor(np.asarray(reference), fabric.device), to_device(reference_labels)
     private = None
     if privacy is not None:
-        if fabric.world_size > 1:
-            raise ValueError(f"private training runs on one device, got {fabric.world_size} processes")
         from mia_utils.pretrain.private import PrivateSteps  # opacus takes seconds to import
 
         private = PrivateSteps(model, optimizer, plan, images=data, labels=targets, seed=seed)
         print(defenses.describe_privacy(plan), flush=True)
     states: dict[int, dict[str, Tensor]] = {}
     history: list[dict] = []
-    epoch, spent = 0, 0.0
+    step, spent = 0, 0.0
     resume_path = Path(resume_path) if resume_path else None
-    if resume_path and resume_path.is_file():
+    if ranks.share(resume_path is not None and resume_path.is_file()):
+        if not resume_path.is_file():
+            raise ValueError(f"process {ranks.get_rank()} does not see {resume_path}: put it where all machines can")
         saved = torch.load(resume_path, map_location=fabric.device, weights_only=True)
-        if saved["settings"] == repr(settings):
+        if saved.get("settings") == repr(settings):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
-            states, history, epoch, spent = saved["states"], saved["history"], saved["epoch"], saved["seconds"]
+            fabric.strategy.precision.load_state_dict(saved.get("scaler", {}))
+            # files of earlier versions count whole epochs
+            step = saved["step"] if "step" in saved else saved["epoch"] * n_batches
+            states, history, spent = saved["states"], saved["history"], saved["seconds"]
             states = {int(k): {n: w.cpu() for n, w in v.items()} for k, v in states.items()}
 
     def record(epoch: int) -> None:
@@ -359,70 +393,91 @@ def fit(
             row["loss_heldout"] = _measure_loss(model, outside, outside_targets, size, augmentation, n)
         if epoch in kept:
             states[epoch] = _export(model)
-            if on_checkpoint is not None:
+            if on_checkpoint is not None and fabric.is_global_zero:
                 if hasattr(model, "as_segmenter"):
                     face = model.as_segmenter()
                 else:
                     face = encoders.from_module(model.backbone, arch=arch, method=method, **_get_input(options))
                 row |= on_checkpoint(epoch, face)
                 _set_training(model)
-        history.append(row)
+        history.append(ranks.share(row))
 
-    def store(epoch: int) -> None:
+    def store(step: int) -> None:
         content = dict(settings=repr(settings), model=model.state_dict(), optimizer=optimizer.state_dict())
-        content |= dict(schedule=schedule.state_dict(), states=states, history=history, epoch=epoch)
-        content["seconds"] = spent + time.perf_counter() - began
+        content |= dict(schedule=schedule.state_dict(), states=states, history=history, step=step)
+        content |= dict(scaler=fabric.strategy.precision.state_dict(), seconds=spent + time.perf_counter() - began)
         temporary = resume_path.with_suffix(".writing")
         torch.save(content, temporary)
         os.replace(temporary, resume_path)
 
     cuda = [fabric.device.index] if fabric.device.type == "cuda" else []
+    n_rows = batch_size // fabric.world_size
+    own = slice(fabric.global_rank * n_rows, (fabric.global_rank + 1) * n_rows)
+
+    def draw_batches(first: int) -> Iterator[np.ndarray]:
+        """This process's rows of every batch, from step ``first`` on."""
+        for step in range(first, n_steps):
+            epoch, index = divmod(step, n_batches)
+            if step == first or index == 0:
+                order = seeds.rng(seed, "train-order", epoch).permutation(len(images))
+            yield order[index * batch_size : (index + 1) * batch_size][own]
+
+    def take(step: int, rows: np.ndarray, batch: Tensor) -> Tensor:
+        """Take a step; returns the loss."""
+        rng = seeds.rng(seed, "train-views", step, 0)
+        if fabric.world_size > 1:
+            rng = seeds.RowGenerator(rng, batch_size, own)
+        extra = {} if targets is None else {"labels": targets[rows]}
+        with torch.random.fork_rng(devices=cuda):  # dropout and drop-path draw from the global state: lend them one
+            torch.manual_seed(seeds.derive(seed, "train-dropout", step, fabric.global_rank))
+            with fabric.autocast():
+                loss = wrapped.loss(
+                    batch, augmentation=augmentation, size=size, rng=rng, progress=step / n_steps, **extra
+                )
+        optimizer.zero_grad(set_to_none=True)
+        fabric.backward(loss)
+        if "clip" in defaults:
+            fabric.clip_gradients(wrapped, optimizer, max_norm=defaults["clip"])
+        optimizer.step()
+        return loss.detach()
+
+    def take_privately(step: int) -> Tensor:
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seeds.derive(seed, "train-dropout", step, 0))
+            return private.take(step, augmentation=augmentation, size=size, progress=step / n_steps)
+
     began = last_saved = time.perf_counter()
+    pause = save_every
     logged = set(np.unique(np.geomspace(1, epochs, 24).round().astype(int)).tolist()) | set(kept)
-    if epoch == 0 and not history:
+    if step == 0 and not history:
         record(0)
     bar = tqdm(
-        total=epochs, initial=epoch, unit="epoch", desc=method, disable=not progress or not fabric.is_global_zero
+        total=epochs,
+        initial=step // n_batches,
+        unit="epoch",
+        desc=method,
+        disable=not progress or not fabric.is_global_zero,
     )
-    while epoch < epochs:
-        order = seeds.rng(seed, "train-order", epoch).permutation(len(images))
-        for index in range(n_batches):
-            step = epoch * n_batches + index
-            if private is not None:
-                with torch.random.fork_rng(devices=cuda):
-                    torch.manual_seed(seeds.derive(seed, "train-dropout", step, 0))
-                    loss = private.take(step, augmentation=augmentation, size=size, progress=step / n_steps)
-                schedule.step()
-                model.after_step((step + 1) / n_steps)
-                continue
-            batch = order[index * batch_size : (index + 1) * batch_size]
-            batch = np.array_split(batch, fabric.world_size)[fabric.global_rank]
-            rng = seeds.rng(seed, "train-views", step, fabric.global_rank)
-            extra = {} if targets is None else {"labels": targets[batch]}
-            with torch.random.fork_rng(devices=cuda):  # dropout and drop-path draw from the global state: lend them one
-                torch.manual_seed(seeds.derive(seed, "train-dropout", step, fabric.global_rank))
-                loss = wrapped.loss(
-                    data[batch], augmentation=augmentation, size=size, rng=rng, progress=step / n_steps, **extra
-                )
-            optimizer.zero_grad(set_to_none=True)
-            fabric.backward(loss)
-            if "clip" in defaults:
-                fabric.clip_gradients(wrapped, optimizer, max_norm=defaults["clip"])
-            optimizer.step()
-            schedule.step()
-            model.after_step((step + 1) / n_steps)
-        if not math.isfinite(value := float(loss.detach())):
-            raise ValueError(f"the {method} loss is {value} after epoch {epoch + 1}: lower lr (now {lr:g})")
-        epoch += 1
-        bar.update()
-        if epoch in logged:
-            record(epoch)
-        if resume_path and fabric.is_global_zero and time.perf_counter() - last_saved > save_every:
-            store(epoch)
+    batches = inputs.read(data, draw_batches(step)) if private is None else None
+    while step < n_steps:
+        loss = take(step, *next(batches)) if private is None else take_privately(step)
+        step += 1
+        schedule.step()
+        model.after_step(step / n_steps)
+        epoch, rest = divmod(step, n_batches)
+        if rest == 0:
+            if not math.isfinite(value := float(fabric.all_reduce(loss))):
+                raise ValueError(f"the {method} loss is {value} after epoch {epoch}: lower lr (now {lr:g})")
+            bar.update()
+            if epoch in logged:
+                record(epoch)
+        stopped = stop_after is not None and step >= stop_after
+        if resume_path and fabric.is_global_zero and (stopped or time.perf_counter() - last_saved > pause):
+            writing = time.perf_counter()
+            store(step)
             last_saved = time.perf_counter()
-        if stop_after is not None and epoch * n_batches >= stop_after:
-            if resume_path:
-                store(epoch)
+            pause = max(save_every, (last_saved - writing) / WRITING) if save_every else 0.0
+        if stopped:
             break
     bar.close()
     if private is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mia_utils import views
 from mia_utils.encoders import HALF
+from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1.5e-3, weight_decay=0.05, batch_size=64, augmentation="none")
 
@@ -122,7 +123,7 @@ class MaskedImageModel(nn.Module):
         self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         """Return the error of every patch and the drawn masks, both (B, L)."""
-        x = views.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))
+        x = inputs.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))
         masks = draw_masks(len(x), self.n_tokens, self.mask_ratio, rng).to(x.device)
         predicted = self.predict((x - self.mean) / self.std, masks).float()
         return self.penalize(predicted - self._cut_targets(x)[0]).mean(-1), masks

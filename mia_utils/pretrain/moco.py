@@ -14,20 +14,31 @@ import numpy as np
 import torch
 from lightly.models.modules.heads import MoCoProjectionHead
 from lightly.models.utils import update_momentum
+from lightly.utils import dist
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from mia_utils import views
 from mia_utils.encoders import from_module
+from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="simclr-weak")
 
 
-def compute_contrast(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of queries (B, D) against keys (B, D), scaled by 2 tau (paper: Algorithm 1, ``ctr``)."""
-    logits = normalize(queries, dim=1) @ normalize(keys, dim=1).T / temperature
-    return 2 * temperature * cross_entropy(logits, torch.arange(len(queries), device=queries.device))
+def compute_contrast(queries: Tensor, keys: Tensor, temperature: float, *, first: int = 0) -> Tensor:
+    """InfoNCE of queries (B, D) against keys (M, D), scaled by 2 tau (paper: Algorithm 1, ``ctr``).
+
+    The key of query i is the one at ``first + i``: with several processes the keys of all are there.
+    """
+    with torch.autocast(queries.device.type, enabled=False):  # bfloat16 does not tell similar similarities apart
+        logits = normalize(queries, dim=1) @ normalize(keys, dim=1).T / temperature
+    return 2 * temperature * cross_entropy(logits, first + torch.arange(len(queries), device=queries.device))
+
+
+def _gather(keys: Tensor) -> Tensor:
+    """Put the keys (B, D) of all processes one after the other, (M, D): in the order of the whole batch."""
+    return torch.cat(dist.gather(keys)) if dist.world_size() > 1 else keys
 
 
 class MoCo(nn.Module):
@@ -68,13 +79,17 @@ class MoCo(nn.Module):
     ) -> Tensor:
         """Symmetrized contrast over two views of a batch (B, 3, H, W) uint8."""
         settings = views.parse_augmentation(augmentation)
-        both = torch.cat([views.augment(images, size=size, rng=rng, **settings) for _ in range(2)])
+        both = torch.cat([inputs.augment(images, size=size, rng=rng, **settings) for _ in range(2)])
         both = (both - 0.5) / 0.5
         q1, q2 = self.predictor(self.projector(self.backbone.forward_features(both)[:, 0])).float().chunk(2)
         with torch.no_grad():
             keys = self.projector_momentum(self.backbone_momentum.forward_features(both)[:, 0])
             k1, k2 = keys.float().chunk(2)
-        return compute_contrast(q1, k2, self.temperature) + compute_contrast(q2, k1, self.temperature)
+            if self.training:  # a measured batch is whole in every process
+                k1, k2 = _gather(k1), _gather(k2)
+        first = dist.rank() * len(q1) if self.training else 0
+        one = compute_contrast(q1, k2, self.temperature, first=first)
+        return one + compute_contrast(q2, k1, self.temperature, first=first)
 
     def after_step(self, progress: float) -> None:
         """Move the momentum encoder; ``progress`` in [0, 1] is the share of the training done."""
@@ -132,12 +147,14 @@ class MoCoV2(nn.Module):
     ) -> Tensor:
         """InfoNCE of a batch (B, 3, H, W) uint8: its own key against the queue, which then takes the new keys."""
         settings = views.parse_augmentation(augmentation)
-        one, two = (2 * views.augment(images, size=size, rng=rng, **settings) - 1 for _ in range(2))
+        one, two = (2 * inputs.augment(images, size=size, rng=rng, **settings) - 1 for _ in range(2))
         query = normalize(self.projector(self._read(one)[1].mean(1)).float(), dim=1)
         with torch.no_grad():
             key = normalize(self.projector_momentum(self._read_key(two)[1].mean(1)).float(), dim=1)
-        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.clone().T], dim=1)
+        with torch.autocast(query.device.type, enabled=False):  # bfloat16 does not tell similar similarities apart
+            logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.clone().T], dim=1)
         if self.training:
+            key = _gather(key)
             slots = (self.oldest + torch.arange(len(key), device=key.device)) % self.queue_size
             self.queue[slots[-self.queue_size :]] = key[-self.queue_size :]
             self.oldest.copy_((self.oldest + len(key)) % self.queue_size)

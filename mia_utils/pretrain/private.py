@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mia_utils import defenses, seeds
 
 CHUNK_BYTES = 96e6  # of per-example gradients held at a time; a larger batch is summed up in parts
+GPU_CHUNK_BYTES = 8e9
 
 
 def compute_conv_gradients(
@@ -132,7 +133,7 @@ class PrivateSteps:
             generator=torch.Generator(images.device),
         )
         n_weights = sum(p.numel() for p in self.optimizer.params)
-        self.chunk = max(1, int(CHUNK_BYTES / (4 * n_weights)))
+        self.chunk = max(1, int((GPU_CHUNK_BYTES if images.device.type == "cuda" else CHUNK_BYTES) / (4 * n_weights)))
 
     def draw_batch(self, step: int) -> np.ndarray:
         """Draw a Poisson batch: every image is in it with probability ``sample_rate``; it may be empty."""

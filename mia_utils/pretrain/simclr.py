@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mia_utils import views
 from mia_utils.encoders import from_module
+from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="simclr-weak")
 
@@ -48,11 +49,13 @@ class SimCLR(nn.Module):
     def loss(
         self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
     ) -> Tensor:
-        """NT-Xent over two views of a batch (B, 3, H, W) uint8."""
+        """NT-Xent over two views of a batch (B, 3, H, W) uint8, against the images of all processes."""
         settings = views.parse_augmentation(augmentation)
-        both = torch.cat([views.augment(images, size=size, rng=rng, **settings) for _ in range(2)])
+        both = torch.cat([inputs.augment(images, size=size, rng=rng, **settings) for _ in range(2)])
         z = self.head(self._read((both - 0.5) / 0.5)[1].mean(1)).float()
-        return self.criterion(*z.chunk(2))
+        self.criterion.gather_distributed = self.training  # the batch of all processes; a measured one is whole already
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 does not tell similar similarities apart
+            return self.criterion(*z.chunk(2))
 
     def after_step(self, progress: float) -> None:
         """Nothing to update: SimCLR has no momentum encoder."""

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from mia_utils import views
 from mia_utils.encoders import from_module
+from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="flip")
 
@@ -42,7 +43,7 @@ class Supervised(nn.Module):
         progress: float,
     ) -> Tensor:
         """Cross-entropy of a batch (B, 3, H, W) uint8 with labels (B,)."""
-        x = views.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))
+        x = inputs.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))
         return cross_entropy(self.head(self._read((x - 0.5) / 0.5)[1].mean(1)).float(), labels)
 
     def after_step(self, progress: float) -> None:

@@ -1,0 +1,77 @@
+"""What a training step sees: batches of images, on the device or streamed from disk, and their views in float32."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mia_utils import views
+
+Rows = TypeVar("Rows", slice, np.ndarray)
+AHEAD = 3  # batches that are decoded while one is trained on: what streaming holds in memory
+
+
+class Streamed:
+    """Images that stay where they are; the rows of a batch are decoded when they are asked for.
+
+    Args:
+        images: (N, H, W, 3) uint8 array-like: ``images[rows]`` selects, ``np.asarray`` of that decodes.
+        device: where the batches go.
+    """
+
+    def __init__(self, images: Any, device: torch.device):
+        self.images, self.device = images, device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Tensor:
+        """Decode rows: (B, 3, H, W) uint8 on the device."""
+        return to_tensor(np.asarray(self.images[rows]), self.device)
+
+
+def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
+    """Put images (N, H, W, 3) uint8 on a device, channels first: (N, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous().to(device)
+
+
+def place(images: Any, device: torch.device) -> Tensor | Streamed:
+    """Put an array on the device as a whole; leave anything else, and files mapped into memory, where it is."""
+    if isinstance(images, np.ndarray) and not isinstance(images, np.memmap):
+        return to_tensor(images, device)
+    return Streamed(images, device)
+
+
+def read(images: Tensor | Streamed, batches: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor]]:
+    """Yield the rows of every batch and their images (B, 3, H, W); streamed ones are decoded ahead in a thread."""
+    if isinstance(images, Tensor):
+        for rows in batches:
+            yield rows, images[rows]
+        return
+    pool, waiting = ThreadPoolExecutor(1), deque()
+    try:
+        for rows in batches:
+            waiting.append((rows, pool.submit(images.__getitem__, rows)))
+            if len(waiting) > AHEAD:
+                first, decoded = waiting.popleft()
+                yield first, decoded.result()
+        while waiting:
+            first, decoded = waiting.popleft()
+            yield first, decoded.result()
+    finally:  # also when the training stops early
+        pool.shutdown(cancel_futures=True)
+
+
+def augment(images: Tensor, **settings: Any) -> Tensor:
+    """:func:`mia_utils.views.augment` in float32 whatever precision the network is trained in.
+
+    Its resampling is a matrix product: in bfloat16 it would move pixels by up to 3/255.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        return views.augment(images, **settings)
