@@ -34,7 +34,7 @@ SCALE = (0.08, 0.2)
 BASELINE = "torchvision v2, tensors"
 TARGET = 8  # times the loop over crops
 # at 224 px all but 1 % of the products are with weights of zero, which costs a GPU little and a CPU much
-LARGE = "dense products lose on large images on a CPU; a crop costs 1 % of the ViT-B/16 forward that reads it"
+LARGE = "even bare Pillow is no 8 x here; dense products lose on a CPU, at 1 % of the ViT-B/16 forward of the crop"
 
 
 def make_images(n: int, side: int, seed: int) -> Tensor:

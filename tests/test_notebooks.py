@@ -146,7 +146,8 @@ def test_theory_holds_equations_a_symbol_table_and_an_asserted_toy(path):
 def test_figures_come_hero_first_and_beside_the_committed_pictures(path):
     number, figure = path.stem[:2], [c for c in read_cells(path) if c.section == "Figure"]
     shown = re.findall(r"!\[[^\]]+\]\(\.\./figures/photos/(fig\d\d_\w+)\.png\)", join(figure, kind="markdown"))
-    assert shown and shown[0] == f"fig{number}_hero" and all(name.startswith(f"fig{number}_") for name in shown)
+    own = [name for name in shown if name.startswith(f"fig{number}_")]
+    assert own and shown[0] == f"fig{number}_hero" and (own == shown or number == "08")  # 08 gathers what others drew
     said = join(figure, kind="markdown").lower()
     assert "how to read it" in said and "prove us wrong" in said
 

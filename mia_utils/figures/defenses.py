@@ -1177,8 +1177,8 @@ def _draw_cost(lab):
     axes[-1, 0].set_xlim(0, 1.2 * float(table[["relative", "per_epoch"]].max().max()))
     defended = table[(table["defense"] != "none") & (table["defense"] != "early-stopping")]
     dear = (defended if len(defended) else table[table["defense"] != "none"]).sort_values("per_epoch").iloc[-1]
-    text = f"An epoch with {dear['label']} takes {dear['per_epoch']:.2g} times as long as undefended"
-    text += f" ({plots.label_of(dear['method'])}); output defenses train nothing"
+    text = f"An epoch with {dear['label']} took {dear['per_epoch']:.2g} times as long as undefended"
+    text += f" ({plots.label_of(dear['method'])}, wall clock of a shared machine); output defenses train nothing"
     _set_title(fig, text)
     return fig, table
 

@@ -104,6 +104,9 @@ def _draw_overview(lab):
     return fig, table
 
 
+_ALONG_TRAINING = {"fig03_epochs", "fig04_epochs", "fig05_epochs", "fig06_epochs", "fig08_leakage"}
+
+
 @figure(
     "fig08_leakage",
     notebook="08_figures",
@@ -115,7 +118,7 @@ def _draw_leakage(lab):
     results = [
         r
         for r in results
-        if r.meta.get("summary", True) or {"fig03_epochs", "fig08_leakage"} & set(r.meta.get("figures") or ())
+        if r.meta.get("summary", True) or _ALONG_TRAINING & set(r.meta.get("figures") or ())
     ]
     entries = []
     if results:
