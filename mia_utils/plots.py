@@ -562,6 +562,8 @@ def draw_matrix(
     vmin: float = 0.5,
     vmax: float = 1.0,
     n_head: int | None = None,
+    n_left: int | None = None,
+    n_columns: int | None = None,
 ) -> None:
     """Draw a matrix of values with their intervals in the cells; missing cells are hatched.
 
@@ -571,9 +573,13 @@ def draw_matrix(
         xlabel, ylabel: what columns and rows are.
         vmin, vmax: color range; white is chance.
         n_head: rows above this index are set off from those below (attacks above, controls below).
+        n_left: columns up to this one are set off from those to the right.
+        n_columns: leave room for this many, so that cells are as wide as those of a wider matrix above.
     """
     frame = _require(frame, "row", "column", "value", "low", "high")
     rows, columns = list(dict.fromkeys(frame["row"])), list(dict.fromkeys(frame["column"]))
+    room = max(n_columns or 0, len(columns))
+    small = 6 if room < 10 else 5
     for (row, column), part in frame[frame["seed"].isna()].groupby(["row", "column"], sort=False):
         y, x = rows.index(row), columns.index(column)
         value, low, high = (float(part[c].iloc[0]) for c in ("value", "low", "high"))
@@ -592,9 +598,8 @@ def draw_matrix(
         )
         ink = "white" if shade > 0.62 else "black"
         ax.text(x, y - 0.12, format_value(value), ha="center", va="center", color=ink, fontsize=8, fontweight="bold")
-        ax.text(
-            x, y + 0.25, f"[{format_value(low)}, {format_value(high)}]", ha="center", va="center", color=ink, fontsize=6
-        )
+        interval = f"[{format_value(low)}, {format_value(high)}]"
+        ax.text(x, y + 0.25, interval, ha="center", va="center", color=ink, fontsize=small)
     filled = {
         (r, c) for r, c, v in zip(frame["row"], frame["column"], frame["value"], strict=True) if np.isfinite(float(v))
     }
@@ -607,8 +612,10 @@ def draw_matrix(
                     )
                 )
     if n_head is not None and 0 < n_head < len(rows):
-        ax.axhline(n_head - 0.5, color="#222222", linewidth=1.0)
-    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
+        ax.plot([-0.5, len(columns) - 0.5], [n_head - 0.5] * 2, color="#222222", linewidth=1.0)
+    if n_left is not None and 0 < n_left < len(columns):
+        ax.plot([n_left - 0.5] * 2, [-0.5, len(rows) - 0.5], color="#222222", linewidth=1.0)
+    ax.set(xlim=(-0.5, room - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(length=0)

@@ -30,6 +30,7 @@ from mia_utils.figures.base import (
     pick_limits,
     say_interval,
 )
+from mia_utils.profiles import SEGMENTERS
 
 KEEP = 0.9  # a defense is affordable when it keeps this share of the utility gained by training
 _NOTEBOOK = "07_defenses"
@@ -49,7 +50,7 @@ _TRAINED = (
 _ORDER = ("none", "early-stopping", "scsr", *_TRAINED, *_OUTPUTS)
 _NEUTRAL = {"noise": 0.0, "rounding": 0.0, "gauss": 0.0, "temperature": 1.0}  # strengths that change nothing
 _TRAINLESS = ("mim", "encodermi-t", "lpla", "seg-global-loss")  # they learn a threshold only: static = adaptive in AUC
-_SEGMENTERS = ("unet", "upernet", "pspnet", "deeplabv3plus")
+_VIEWS = ("simclr", "moco", "moco-v2", "dino")  # they compare crops, whatever the row
 _ATTACKS = ("partcrop", "encodermi-v", "encodermi-t", "mim", "seg-loss-map", "seg-global-loss", "seg-label-only")
 _LESS = ("early-stopping", "dp-sgd", "top-k")  # a smaller number is the stronger defense
 _WORDS = {
@@ -97,7 +98,7 @@ class Case:
     @property
     def is_segmenter(self) -> bool:
         """Whether its utility is an mIoU."""
-        return self.method in _SEGMENTERS
+        return self.method in SEGMENTERS
 
     def say_strength(self) -> str:
         """The strength with its unit, empty where a defense has none."""
@@ -150,10 +151,10 @@ def _get_place(case: Case) -> tuple:
 
 
 def _tell_defense(entry: Entry) -> tuple[str, Any]:
-    """Defense and strength; training on crops is one, also where a row does not call it so."""
+    """Defense and strength; training on crops is one, also in a row without the name, unless views are crops anyway."""
     defense, strength = entry.meta.get("defense") or "none", entry.meta.get("strength")
     augmentation = str(entry.meta.get("augmentation"))
-    if defense == "none" and augmentation.startswith("crop") and entry.meta.get("method") not in _SEGMENTERS:
+    if defense == "none" and augmentation.startswith("crop") and entry.meta.get("method") not in SEGMENTERS + _VIEWS:
         return "scsr", augmentation.partition(":")[2] or "0.2-1"
     return defense, None if defense in ("none", "argmax") else strength
 
@@ -234,7 +235,7 @@ def get_kept(case: Case, plain: Case) -> float:
 
 
 def _name_utility(method: str) -> str:
-    return "mIoU" if method in _SEGMENTERS else "linear-probe accuracy"
+    return "mIoU" if method in SEGMENTERS else "linear-probe accuracy"
 
 
 def _say_utility(case: Case) -> str:
@@ -245,7 +246,7 @@ def _say_utility(case: Case) -> str:
 def _rank_methods(cases: Sequence[Case]) -> list[str]:
     known = list(plots.METHOD_MARKERS)
     methods = dict.fromkeys(c.method for c in cases)
-    return sorted(methods, key=lambda m: (m in _SEGMENTERS, known.index(m) if m in known else len(known)))
+    return sorted(methods, key=lambda m: (m in SEGMENTERS, known.index(m) if m in known else len(known)))
 
 
 # ------------------------------------------------------------------------------------------------------ marks, labels
@@ -337,8 +338,8 @@ def _make_control_rows(case: Case, entry: Entry, **columns: Any) -> list[dict[st
 def _draw_hero(lab):
     cases = [c for c in load_cases(lab, "fig07_hero", *_ALL) if math.isfinite(c.facts.get("utility", math.nan))]
     _require_defended(cases, "fig07_hero", lab)
-    encoders = [m for m in _rank_methods(cases) if m not in _SEGMENTERS and _find_plain(cases, m)][:1]
-    segmenters = [m for m in _rank_methods(cases) if m in _SEGMENTERS and _find_plain(cases, m)][:1]
+    encoders = [m for m in _rank_methods(cases) if m not in SEGMENTERS and _find_plain(cases, m)][:1]
+    segmenters = [m for m in _rank_methods(cases) if m in SEGMENTERS and _find_plain(cases, m)][:1]
     methods = encoders + segmenters
     fig, axes = plots.make_figure(
         1, len(methods), height=3.7, width=plots.FULL if len(methods) > 1 else plots.HALF * 1.4
@@ -411,7 +412,7 @@ def _draw_plane(ax: Any, part: Sequence[Case], labels: list, marks: list) -> lis
         size, first = (6.4, 0) if last else (5.4, 1)
         labels.append(dict(ax=ax, x=x, y=m.auc, text=text, color=color, size=size, first=first))
     vectors = plain.get_best(attacks=("partcrop", "encodermi-v", "encodermi-t"))
-    if method not in _SEGMENTERS and any(c.defense in _OUTPUTS for c in part) and vectors is not None:
+    if method not in SEGMENTERS and any(c.defense in _OUTPUTS for c in part) and vectors is not None:
         x, y = plain.facts["utility"], vectors.metrics.auc
         ax.plot(x, y, marker="*", markersize=9, markerfacecolor="white", color=plain.color, linestyle="none", zorder=4)
         marks.append((ax, x, y))
@@ -424,7 +425,7 @@ def _draw_plane(ax: Any, part: Sequence[Case], labels: list, marks: list) -> lis
         rows += _make_control_rows(plain, next(e for e in plain.entries.values() if "no-model" in e.controls))
     labels.sort(key=lambda item: item["first"])
     ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.set(xlabel=f"{_name_utility(method)} of the {'segmenter' if method in _SEGMENTERS else 'encoder'}")
+    ax.set(xlabel=f"{_name_utility(method)} of the {'segmenter' if method in SEGMENTERS else 'encoder'}")
     ax.set_title(plots.label_of(method))
     ax.grid(True)
     return rows
@@ -565,9 +566,9 @@ def _add_ladder_legend(fig: Canvas, table: pd.DataFrame, *, method: str) -> None
         handles.append(Line2D([], [], marker="s", label="from a shadow", **style))
     for control in dict.fromkeys(table.loc[table["control"] != "", "control"]):
         marker, color = plots.CONTROL_STYLES[control]["marker"], plots.color_of("", control)
-        text = plots.label_of(control).replace("encoder", "segmenter" if method in _SEGMENTERS else "encoder")
+        text = plots.label_of(control).replace("encoder", "segmenter" if method in SEGMENTERS else "encoder")
         handles.append(Line2D([], [], marker=marker, label=text, **(style | {"color": color})))
-    words = {"utility": ("D", "#444444", "mIoU on strangers" if method in _SEGMENTERS else "linear probe")}
+    words = {"utility": ("D", "#444444", "mIoU on strangers" if method in SEGMENTERS else "linear probe")}
     words |= {"knn": ("^", "white", "k-NN"), "members": ("D", "white", "mIoU on members")}
     for kind, (marker, fill, text) in words.items():
         if (table["measure"] == kind).any():
@@ -597,7 +598,7 @@ def _say_ladder(part: Sequence[Case], attacks: Sequence[str]) -> str:
     needs=_NEEDS,
 )
 def _draw_encoders(lab):
-    return _draw_ladder(lab, "fig07_encoders", lambda m: m not in _SEGMENTERS, _ATTACKS[:4])
+    return _draw_ladder(lab, "fig07_encoders", lambda m: m not in SEGMENTERS, _ATTACKS[:4])
 
 
 @figure(
@@ -608,7 +609,7 @@ def _draw_encoders(lab):
     needs=_NEEDS,
 )
 def _draw_segmenters(lab):
-    return _draw_ladder(lab, "fig07_segmenters", lambda m: m in _SEGMENTERS, _ATTACKS[4:])
+    return _draw_ladder(lab, "fig07_segmenters", lambda m: m in SEGMENTERS, _ATTACKS[4:])
 
 
 # -------------------------------------------------------------------------------------------------- crop size ranges
@@ -782,7 +783,7 @@ def _draw_private_use(ax: Any, part: pd.DataFrame, methods: Sequence[str], cases
     for method in methods:
         line = part[part["method"] == method].sort_values("x")
         style = dict(color="#333333", marker=plots.marker_of(method), linewidth=1.0)
-        word = "mIoU" if method in _SEGMENTERS else "probe"
+        word = "mIoU" if method in SEGMENTERS else "probe"
         ax.plot(line["x"], line["value"], label=f"{word}, {plots.label_of(method)}", **style)
         start = _find_plain(cases, method).facts.get("untrained", math.nan)
         if math.isfinite(start):
@@ -1093,7 +1094,7 @@ def _draw_pareto(lab):
         ax.plot(blind["kept"], blind["value"], marker="x", **style)
         ax.set_xlim(*_pad([*part["kept"], 1.0]))
         ax.set(xlabel="share of the utility kept")
-        ax.set_title(f"{plots.label_of(method)} ({'mIoU' if method in _SEGMENTERS else 'probe'})")
+        ax.set_title(f"{plots.label_of(method)} ({'mIoU' if method in SEGMENTERS else 'probe'})")
         ax.grid(True)
     axes[0, 0].set_ylim(pick_limits(table)[0], 1.05)
     axes[0, 0].set_ylabel("AUC of the best adaptive attack")

@@ -27,6 +27,7 @@ from mia_utils.figures.base import (
     pick_limits,
     sort_entries,
 )
+from mia_utils.profiles import SEGMENTERS
 
 # ------------------------------------------------------------------------------------------------------ notebook 08
 
@@ -60,11 +61,13 @@ def _draw_overview(lab):
     ]
     if not entries:
         raise NotAvailable(f"fig08_hero: no result under the controlled protocol in profile {lab.profile_name}")
-    several = len({str(e.meta.get("knowledge")) for e in entries}) > 1
+    kinds: dict[bool, set[str]] = {}  # of attackers, for encoders and for segmenters
+    for e in entries:
+        kinds.setdefault(e.meta.get("method") in SEGMENTERS, set()).add(name_knowledge(e))
 
     def name(entry):
         text = plots.label_of(entry.meta["attack"])
-        return text + (f", {name_knowledge(entry)}" if several else "")
+        return text + (f", {name_knowledge(entry)}" if len(kinds[entry.meta.get("method") in SEGMENTERS]) > 1 else "")
 
     # one cell per attack, knowledge and target: the result at the end of training with the most seeds
     cells: dict[tuple[str, str], Entry] = {}
@@ -94,13 +97,25 @@ def _draw_overview(lab):
             rows += [r for r in make_rows(e, controls=(control,), row=label, column=column) if r["control"] == control]
     table = pd.DataFrame(rows)
     columns = list(dict.fromkeys(table["column"]))
-    table["column"] = table["column"].map(lambda c: "\n".join(textwrap.wrap(c, 12)))
-    fig, axes = plots.make_figure(1, 1, width=plots.FULL, height=0.4 * table["row"].nunique() + 1.0)
-    plots.draw_matrix(axes[0, 0], table, n_head=len(attacks))
+    # attacks on segmenters ask no encoder, and the other way round: two blocks, attacks as rows and as columns
+    below = table["method"].isin(SEGMENTERS)
+    blocks = {False: table[~below], True: table[below].rename(columns={"row": "column", "column": "row"})}
+    blocks = {k: part for k, part in blocks.items() if len(part)}
+    heights = [part["row"].nunique() for part in blocks.values()]
+    widest = max(part["column"].nunique() for part in blocks.values())
+    size = 0.36 * sum(heights) + 0.9 * len(blocks)
+    fig, axes = plots.make_figure(len(blocks), 1, height=size, height_ratios=heights)
+    for ax, (segmenters, part) in zip(axes[:, 0], blocks.items(), strict=True):
+        wrap = {"row": 22, "column": 12 if widest < 10 else 9}
+        short = part.assign(
+            **{k: ["\n".join(textwrap.wrap(t, n, break_long_words=False)) for t in part[k]] for k, n in wrap.items()}
+        )
+        n_head = {k: len(set(part[k]) & set(attacks)) or None for k in wrap}
+        told = f"attackers of segmenters: {join_words(kinds[True])}" if segmenters and len(kinds[True]) == 1 else ""
+        plots.draw_matrix(ax, short, n_head=n_head["row"], n_left=n_head["column"], n_columns=widest, xlabel=told)
     yes = sum(leaks(e) for e in cells.values())
     text = f"{yes} of {len(cells)} attack results on {len(columns)} targets lie above chance"
     plots.set_title(fig, text + " (lower end of the interval above .5); controls below the line")
-    table["column"] = table["column"].str.replace("\n", " ")
     return fig, table
 
 
@@ -115,11 +130,7 @@ _ALONG_TRAINING = {"fig03_epochs", "fig04_epochs", "fig05_epochs", "fig06_epochs
 )
 def _draw_leakage(lab):
     results = list(lab.results())
-    results = [
-        r
-        for r in results
-        if r.meta.get("summary", True) or _ALONG_TRAINING & set(r.meta.get("figures") or ())
-    ]
+    results = [r for r in results if r.meta.get("summary", True) or _ALONG_TRAINING & set(r.meta.get("figures") or ())]
     entries = []
     if results:
         for e in group(results, controls=("no-model",)):
