@@ -50,18 +50,25 @@ _AUGMENTATIONS = {
 _QUERY_ORDER = ("none", "flip", "crop-weak", "crop", "simclr-weak", "simclr", "dino")
 
 
-def find_blind(entries: Sequence[Entry]) -> Entry | None:
-    """Return the highest no-model control above chance on a target: then no attack on it may be claimed."""
-    controls = [e.controls.get("no-model") for e in entries]
-    found = [c for c in controls if c is not None and c.metrics is not None and leaks(c)]
-    return max(found, key=lambda c: c.metrics.auc, default=None)
+def find_blind(panels: Sequence[tuple[str, Sequence[Entry]]]) -> dict[str, Entry]:
+    """Return target -> its highest no-model control, where the joint rule rejects it: then nothing may be claimed."""
+    found = {}
+    for target, part in panels:
+        controls = [c for e in part if (c := e.controls.get("no-model")) is not None and c.metrics is not None]
+        if controls:
+            found[target] = max(controls, key=lambda c: c.metrics.auc)
+    judged = metrics.judge_controls({target: c.metrics for target, c in found.items()})
+    void = set(judged["control"][judged["rejected"]])
+    return {target: c for target, c in found.items() if target in void and leaks(c)}
 
 
 def say_blind(panels: Sequence[tuple[str, Sequence[Entry]]]) -> str:
     """Name the targets whose pictures alone tell members from strangers; empty where there is none."""
-    found = [(target, find_blind(part)) for target, part in panels]
-    said = [f"{target} the no-model row is {say_interval(blind)}" for target, blind in found if blind is not None]
-    return f"; on {join_words(said)}" if said else ""
+    by_row: dict[str, list[str]] = {}  # targets on one split share the row
+    for target, blind in find_blind(panels).items():
+        by_row.setdefault(say_interval(blind), []).append(target)
+    said = [f"{join_words(targets)} the no-model row is {row}" for row, targets in by_row.items()]
+    return f"; on {', on '.join(said)}" if said else ""
 
 
 def get_letters(entry: Entry) -> str:
@@ -190,7 +197,7 @@ def _draw_variants(lab):
     fig = draw_choices(table)
     shadow = [(t, [e for e in part if e.meta.get("knowledge") != "partial"]) for t, part in panels]
     best = [(t, max(part, key=lambda e: e.metrics.auc_low)) for t, part in shadow if part]
-    blind = {t for t, part in panels if find_blind(part) is not None}
+    blind = find_blind(panels)
     works = [leaks(e) and t not in blind for t, e in best]
     said = [
         f"{t} {plots.label_of(e.meta['attack'])} ({format_auc(e)})"
