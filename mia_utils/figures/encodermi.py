@@ -62,6 +62,12 @@ def find_blind(panels: Sequence[tuple[str, Sequence[Entry]]]) -> dict[str, Entry
     return {target: c for target, c in found.items() if target in void and leaks(c)}
 
 
+def beats_pictures(entry: Entry, part: Sequence[Entry]) -> bool:
+    """Whether an attack lies above chance, and clear of the target's no-model controls where these do by themselves."""
+    controls = [c for e in part if (c := e.controls.get("no-model")) is not None and c.metrics is not None and leaks(c)]
+    return leaks(entry) and all(entry.metrics.auc_low > c.metrics.auc_high for c in controls)
+
+
 def say_blind(panels: Sequence[tuple[str, Sequence[Entry]]]) -> str:
     """Name the targets whose pictures alone tell members from strangers; empty where there is none."""
     by_row: dict[str, list[str]] = {}  # targets on one split share the row
@@ -198,7 +204,7 @@ def _draw_variants(lab):
     shadow = [(t, [e for e in part if e.meta.get("knowledge") != "partial"]) for t, part in panels]
     best = [(t, max(part, key=lambda e: e.metrics.auc_low)) for t, part in shadow if part]
     blind = find_blind(panels)
-    works = [leaks(e) and t not in blind for t, e in best]
+    works = [t not in blind and beats_pictures(e, dict(panels)[t]) for t, e in best]
     said = [
         f"{t} {plots.label_of(e.meta['attack'])} ({format_auc(e)})"
         for (t, e), ok in zip(best, works, strict=True)
