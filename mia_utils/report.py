@@ -645,21 +645,9 @@ def _make_summary(profile: str) -> str:
         summary = load_summary(profile)
     except FileNotFoundError as missing:
         return f"<p>{html.escape(str(missing))}</p>"
-    names = (
-        "attack",
-        "target",
-        "defense",
-        "data",
-        "protocol",
-        "knowledge",
-        "N",
-        "epochs",
-        "seeds",
-        "AUC",
-        "95 %",
-        "TPR 1 %",
-        "utility",
-    )
+    # what is read first stands first: the table is wider than most screens
+    names = ["attack", "target", "defense", "AUC", "95 %", "TPR 1 %", "utility"]
+    names += ["data", "knowledge", "N", "epochs", "seeds", "protocol"]
     rows = []
     for row in summary.itertuples():
         label = plots.label_of(row.attack) if not row.control else f"· {plots.label_of(row.control)}"
@@ -669,11 +657,12 @@ def _make_summary(profile: str) -> str:
         defended = row.defense != "none" and not row.control
         strength = f" {row.strength}" if pd.notna(row.strength) and row.strength != "" else ""
         defense = f"{row.defense}{strength}, {row.attacker}" if defended else ""
-        cells = [("k", label), ("k", row.model_id), ("k", defense), ("", row.dataset), ("k", row.protocol)]
-        cells.append(("k", row.knowledge))
-        cells += [("n", f"{v:g}" if pd.notna(v) else "") for v in (row.n_train, row.epochs, row.n_seeds)]
+        cells = [("k", label), ("k", row.model_id), ("k", defense)]
         cells += [("n", plots.format_value(row.auc)), ("n", interval), ("n", plots.format_value(row.tpr_at_1))]
         cells.append(("n", plots.format_value(row.utility) if not row.control else ""))
+        cells += [("", row.dataset), ("k", row.knowledge)]
+        cells += [("n", f"{v:g}" if pd.notna(v) else "") for v in (row.n_train, row.epochs, row.n_seeds)]
+        cells.append(("k", row.protocol))
         body = "".join(f'<td class="{c}">{html.escape(str(v))}</td>' for c, v in cells)
         rows.append(f'<tr class="{"control" if row.control else ""}">{body}</tr>')
     head = "".join(f"<th>{n}</th>" for n in names)
