@@ -22,6 +22,7 @@ from mia_utils import paths
 METHODS = ("mae", "simmim", "dino", "moco", "moco-v1", "moco-v2", "simclr", "supervised")
 SEGMENTERS = ("unet", "upernet", "pspnet", "deeplabv3plus")  # their arch is the encoder
 METHODS += SEGMENTERS
+CONTRASTIVE = ("dino", "moco", "moco-v1", "moco-v2", "simclr")  # they compare views of a picture, which are crops
 AUGMENTATIONS = ("none", "flip", "crop", "crop-weak", "simclr", "simclr-weak", "dino")
 # Defenses a model is trained with, and the option that says how strong (scsr: the range of its crops). Early stopping
 # has no row: it is a checkpoint of an undefended one. Defenses of the output have none either: defenses.perturb.

@@ -234,3 +234,14 @@ def test_what_is_missing_is_said():
     for name in NAMES:
         with pytest.raises(figures.NotAvailable, match="fig07_"):
             figures.draw(name, lab)
+
+
+@pytest.mark.parametrize(
+    ("method", "defense"),
+    [("mae", "scsr"), ("simclr", "none"), ("moco-v1", "none"), ("dino", "none"), ("unet", "none")],
+)
+def test_crops_are_a_defense_only_where_views_are_not_crops_anyway(method, defense):
+    lab = MadeUpLab()
+    lab.add(0.8, "fig07_encoders", method=method, augmentation="crop-weak", defense="none")
+    (case,) = defenses.make_cases(base.load_entries(lab, "fig07_encoders"))
+    assert case.defense == defense

@@ -30,7 +30,7 @@ from mia_utils.figures.base import (
     pick_limits,
     say_interval,
 )
-from mia_utils.profiles import SEGMENTERS
+from mia_utils.profiles import CONTRASTIVE, SEGMENTERS
 
 KEEP = 0.9  # a defense is affordable when it keeps this share of the utility gained by training
 _NOTEBOOK = "07_defenses"
@@ -50,7 +50,6 @@ _TRAINED = (
 _ORDER = ("none", "early-stopping", "scsr", *_TRAINED, *_OUTPUTS)
 _NEUTRAL = {"noise": 0.0, "rounding": 0.0, "gauss": 0.0, "temperature": 1.0}  # strengths that change nothing
 _TRAINLESS = ("mim", "encodermi-t", "lpla", "seg-global-loss")  # they learn a threshold only: static = adaptive in AUC
-_VIEWS = ("simclr", "moco", "moco-v2", "dino")  # they compare crops, whatever the row
 _ATTACKS = ("partcrop", "encodermi-v", "encodermi-t", "mim", "seg-loss-map", "seg-global-loss", "seg-label-only")
 _LESS = ("early-stopping", "dp-sgd", "top-k")  # a smaller number is the stronger defense
 _WORDS = {
@@ -153,8 +152,8 @@ def _get_place(case: Case) -> tuple:
 def _tell_defense(entry: Entry) -> tuple[str, Any]:
     """Defense and strength; training on crops is one, also in a row without the name, unless views are crops anyway."""
     defense, strength = entry.meta.get("defense") or "none", entry.meta.get("strength")
-    augmentation = str(entry.meta.get("augmentation"))
-    if defense == "none" and augmentation.startswith("crop") and entry.meta.get("method") not in SEGMENTERS + _VIEWS:
+    augmentation, method = str(entry.meta.get("augmentation")), entry.meta.get("method")
+    if defense == "none" and augmentation.startswith("crop") and method not in SEGMENTERS + CONTRASTIVE:
         return "scsr", augmentation.partition(":")[2] or "0.2-1"
     return defense, None if defense in ("none", "argmax") else strength
 
@@ -1179,7 +1178,7 @@ def _draw_cost(lab):
     defended = table[(table["defense"] != "none") & (table["defense"] != "early-stopping")]
     dear = (defended if len(defended) else table[table["defense"] != "none"]).sort_values("per_epoch").iloc[-1]
     text = f"An epoch with {dear['label']} took {dear['per_epoch']:.2g} times as long as undefended"
-    text += f" ({plots.label_of(dear['method'])}, wall clock of a shared machine); output defenses train nothing"
+    text += f" ({plots.label_of(dear['method'])}, wall clock); output defenses train nothing"
     _set_title(fig, text)
     return fig, table
 
