@@ -682,13 +682,12 @@ def make_rung_pair(pool: Any, rung: str, *, seed: int = 0) -> tuple[np.ndarray, 
         member's picture and stranger's picture (H, W, 3) as the attacker sees them, and a word under each; None where
         the pool has no such pair.
     """
-    import torch
 
     from mia_utils import seeds, views
 
     one, other = seeds.rng(seed, "ladder-pair").choice(len(pool), 2, replace=False)
     if rung == "released-view":
-        pixels = torch.from_numpy(np.asarray(pool.images[[one]])).permute(0, 3, 1, 2)
+        pixels = views.read_pixels(pool.images, [one])
         side = pool.images.shape[1]
         view = views.make_views(pixels, [pool.image_ids[one]], view="random_resized_crop", size=side, seed=seed)
         return view[0].permute(1, 2, 0).numpy(), pool.images[other], "cropped", "whole"

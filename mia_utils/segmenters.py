@@ -660,7 +660,7 @@ def measure_iou(segmenter: Segmenter, images: np.ndarray, masks: np.ndarray, *, 
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            x = torch.from_numpy(np.ascontiguousarray(np.asarray(images[rows]).transpose(0, 3, 1, 2))).float().div_(255)
+            x = views.read_pixels(images, rows).contiguous().float().div_(255)
             predicted = segmenter.posteriors(x).argmax(1).cpu()
             truth = torch.from_numpy(np.asarray(masks[rows])).long()
             jaccard.update(predicted, truth)

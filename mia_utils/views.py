@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,6 +196,25 @@ def _cut(images: Tensor, boxes: Tensor, flips: Tensor | None, *, rounded: bool, 
         crops = crops.round_()
     crops = crops.clamp_(0, 255).reshape(n, k, size, size, channels)
     torch.div(crops.permute(0, 1, 4, 2, 3), 255.0, out=out)
+
+
+def check_images(images: Any, image_ids: Sequence[str]) -> Any:
+    """Check what is queried; return (N, H, W, 3) uint8 images to slice, streamed ones as they are.
+
+    Raises:
+        ValueError: another shape or type, or not one id per image.
+    """
+    images = images if hasattr(images, "shape") and not isinstance(images, Tensor) else np.asarray(images)
+    if len(images.shape) != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+    if len(image_ids) != len(images):
+        raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
+    return images
+
+
+def read_pixels(images: Any, rows: slice | np.ndarray | list[int]) -> Tensor:
+    """Return some images as (n, 3, H, W) uint8; streamed ones are decoded here."""
+    return torch.from_numpy(np.asarray(images[rows])).permute(0, 3, 1, 2)
 
 
 def make_views(

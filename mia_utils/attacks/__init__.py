@@ -494,7 +494,7 @@ def _make_blind(pool, index: np.ndarray, view: np.ndarray, size: int | None, see
     statistics = [np.empty(0)] * len(index)
     for kind in np.unique(view):
         for rows in np.array_split(np.flatnonzero(view == kind), 1 + (view == kind).sum() // 512):
-            seen = torch.from_numpy(np.asarray(pool.images[index[rows]])).permute(0, 3, 1, 2)
+            seen = views.read_pixels(pool.images, index[rows])
             if size is not None:  # None: the model takes pictures of any size, and the attack sends them as they are
                 ids = list(pool.image_ids[index[rows]])
                 seen = views.make_views(seen, ids, view=str(kind), size=size, seed=seed)

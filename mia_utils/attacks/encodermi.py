@@ -108,8 +108,7 @@ def extract_features(
     with tqdm(total=len(images), unit="image", desc="views", disable=not progress, delay=5, leave=False) as bar:
         for start in range(0, len(images), chunk):
             rows = slice(start, start + chunk)
-            ids, pixels = list(image_ids[rows]), torch.from_numpy(np.asarray(images[rows]))  # decoded here if streamed
-            pixels = pixels.permute(0, 3, 1, 2).to(device)
+            ids, pixels = list(image_ids[rows]), views.read_pixels(images, rows).to(device)
             with torch.inference_mode():
                 # 1. K views of every image
                 x = views.query_views(pixels, ids, n_views, augmentation=augmentation, size=size, seed=seed)
@@ -124,11 +123,7 @@ def extract_features(
 
 def check_query(encoder, images: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
     """Check what an attack on vectors is asked to query; return images to slice, streamed ones as they are."""
-    images = images if hasattr(images, "shape") and not isinstance(images, Tensor) else np.asarray(images)
-    if len(images.shape) != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
-    if len(image_ids) != len(images):
-        raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
+    images = views.check_images(images, image_ids)
     if not callable(getattr(encoder, "embed", None)):
         raise ValueError(f"expected an encoder with embed(images), got {type(encoder).__name__}: use encoders.wrap")
     return images

@@ -60,8 +60,7 @@ def extract_norms(
     with tqdm(total=len(images), unit="image", desc="norms", disable=not progress, delay=5, leave=False) as bar:
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            ids, pixels = list(image_ids[rows]), torch.from_numpy(np.asarray(images[rows]))  # decoded here if streamed
-            pixels = pixels.permute(0, 3, 1, 2).to(device)
+            ids, pixels = list(image_ids[rows]), views.read_pixels(images, rows).to(device)
             with torch.inference_mode():
                 whole = views.make_views(pixels, ids, size=encoder.input_size, seed=seed)  # 1. (n, 3, S, S)
                 vectors = encoder.embed(whole, pooling=pooling)  # 2. (n, D)

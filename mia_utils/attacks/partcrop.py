@@ -131,13 +131,7 @@ def iterate_parts(
 
     Arguments as in :func:`extract_features`.
     """
-    if getattr(images, "dtype", None) != np.uint8:  # streamed images have their type, and stay in their files
-        images = np.asarray(images)
-    size = encoder.input_size
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
-    if len(image_ids) != len(images):
-        raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
+    images, size = views.check_images(images, image_ids), encoder.input_size
     view_of = np.broadcast_to(np.asarray(view), len(images))
     crop_size = crop_size or get_crop_size(size)
     chunk = batch_size or _get_chunk(encoder, n_crops, crop_size)
@@ -145,11 +139,11 @@ def iterate_parts(
     with tqdm(total=len(images), unit="image", desc="part crops", disable=not progress, delay=5, leave=False) as bar:
         for start in range(0, len(images), chunk):
             rows = slice(start, start + chunk)
-            ids, pixels = list(image_ids[rows]), torch.from_numpy(np.asarray(images[rows]))  # decoded here if streamed
+            ids, pixels = list(image_ids[rows]), views.read_pixels(images, rows)
             boxes, flips = views.draw_boxes(  # drawn while a GPU still works on the chunk before
                 ids, n_crops, height=size, width=size, scale=crop_scale, seed=seed, stream="partcrop"
             )
-            pixels = pixels.permute(0, 3, 1, 2).to(device)
+            pixels = pixels.to(device)
             with torch.inference_mode():
                 # 1. global view G, then K parts cut from G
                 whole = torch.empty(len(ids), 3, size, size, device=device)

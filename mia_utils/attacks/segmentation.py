@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mia_utils import seeds
+from mia_utils import seeds, views
 from mia_utils.attacks.classifier import pick_threshold
 
 TINY = 1e-30  # smallest posterior inside the logarithm, as released: no loss exceeds 69.08
@@ -169,11 +169,7 @@ def _query(
     model: Any, images: np.ndarray, masks: np.ndarray | None, image_ids: Sequence[str], batch: int | None, bar: bool
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield rows, posteriors (n, C, H, W) float32 and labels (n, H, W) of successive chunks of images."""
-    images = images if hasattr(images, "shape") and not isinstance(images, Tensor) else np.asarray(images)
-    if len(images.shape) != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
-    if len(image_ids) != len(images):
-        raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
+    images = views.check_images(images, image_ids)
     if masks is not None and np.shape(masks) != images.shape[:3]:
         raise ValueError(f"masks: expected {images.shape[:3]} like the images, got {np.shape(masks)}")
     device = torch.device(getattr(model, "device", "cpu"))
@@ -181,8 +177,7 @@ def _query(
     with tqdm(total=len(images), unit="image", desc="segmenting", disable=not bar, delay=5, leave=False) as progress:
         for start in range(0, len(images), chunk):
             rows = slice(start, min(start + chunk, len(images)))
-            pixels = np.asarray(images[rows]).transpose(0, 3, 1, 2)  # decoded here if streamed
-            x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float().div_(255)
+            x = views.read_pixels(images, rows).contiguous().to(device).float().div_(255)
             with torch.inference_mode():
                 posteriors = model.posteriors(x).float()
             if posteriors.ndim != 4 or len(posteriors) != len(x) or posteriors.shape[2:] != x.shape[2:]:
