@@ -78,6 +78,7 @@ def test_the_title_asks_a_question_and_says_needs_writes_time(path):
     first = read_cells(path)[0].text
     assert re.match(rf"# {path.stem[:2]} · .+\?\n", first), first.splitlines()[0]
     assert [word for word in ("*Needs*", "*Writes*", "*Time*") if word not in first] == []
+    assert re.search(r"^\*Time\*: [^.;]*(\d|under a)[^.;]* (second|minute)", first, flags=re.M), "no time in *Time*"
 
 
 @each_notebook
