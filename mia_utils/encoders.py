@@ -31,6 +31,10 @@ ARCHS: dict[str, tuple[str, dict]] = {
         "vit_tiny_patch16_224",
         dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4),
     ),
+    "vit_micro_patch8_64": (
+        "vit_tiny_patch16_224",
+        dict(img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4),
+    ),
     "vit_mini_patch8_32": (
         "vit_tiny_patch16_224",
         dict(img_size=32, patch_size=8, embed_dim=192, depth=6, num_heads=3),

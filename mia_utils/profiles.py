@@ -62,6 +62,7 @@ ARCH_COST = {
     "vit_nano_patch8_32": (0.35, 0.12),
     "vit_micro_patch8_32": (1.0, 0.82),
     "vit_micro_patch4_32": (4.0, 0.82),
+    "vit_micro_patch8_64": (4.0, 0.82),
     "resnet_thin_32": (1.4, 0.4),
     "swin_thin_32": (2.0, 0.5),
     "vit_small_patch8_32": (20.0, 21.4),
