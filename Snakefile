@@ -1,4 +1,4 @@
-# Order and parallel execution only. What has to be done is decided by `mia_utils.run`, which looks at the artifacts
+# Order and parallel execution only. What has to be done is decided by `mia_utils.runner.run`, which looks at the artifacts
 # and writes build/<profile>/plan.json; start it with `./run_all.sh PROFILE [-- ENGINE_ARGS]`.
 # Outputs are markers, never the executed notebooks: the engine deletes the output of a rule that failed.
 import json
@@ -25,7 +25,7 @@ for index, job in enumerate(PLAN["data"]):
             job=job,
         priority: 1000
         shell:
-            "{PYTHON:q} -m mia_utils.jobs {PLAN_PATH:q} {params.job:q}"
+            "{PYTHON:q} -m mia_utils.runner.jobs {PLAN_PATH:q} {params.job:q}"
 
 
 for index, (job, work) in enumerate(PLAN["train"].items()):
@@ -45,7 +45,7 @@ for index, (job, work) in enumerate(PLAN["train"].items()):
         resources:
             gpu=1,
         shell:
-            "{PYTHON:q} -m mia_utils.jobs {PLAN_PATH:q} {params.job:q}"
+            "{PYTHON:q} -m mia_utils.runner.jobs {PLAN_PATH:q} {params.job:q}"
 
 
 for index, (job, work) in enumerate(PLAN["notebooks"].items()):
@@ -62,4 +62,4 @@ for index, (job, work) in enumerate(PLAN["notebooks"].items()):
         threads: 1
         priority: work["priority"]
         shell:
-            "{PYTHON:q} -m mia_utils.jobs {PLAN_PATH:q} {params.job:q}"
+            "{PYTHON:q} -m mia_utils.runner.jobs {PLAN_PATH:q} {params.job:q}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Finds or makes the environment, then hands over to `python -m mia_utils.run`; see ./run_all.sh --help.
+# Finds or makes the environment, then hands over to `python -m mia_utils.runner.run`; see ./run_all.sh --help.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 called_from="${PYTHONPATH:-}"
@@ -94,4 +94,4 @@ if [ -z "$python" ]; then
   make_environment
   python="$root/.venv/bin/python"
 fi
-exec "$python" -m mia_utils.run "$@"
+exec "$python" -m mia_utils.runner.run "$@"

@@ -26,7 +26,7 @@ from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedC
 from torchvision.transforms import functional as v1
 from torchvision.transforms.v2 import functional as v2
 
-from mia_utils import views
+from mia_utils.models import views
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 SIZES = ((32, 16), (224, 112))  # side of the view, side of a crop

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from mia_utils import encoders, views
 from mia_utils.attacks import encodermi
+from mia_utils.models import encoders, views
 
 MODELS = ("vit_micro_patch8_32", "resnet_thin_32", "vit_small_patch8_32")
 SLOWER = {"resnet_thin_32": 2, "vit_small_patch8_32": 8}  # fewer images, so that a repeat takes as long

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from mia_utils import profiles
+from mia_utils.runner import profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ["train_seconds"]  # columns that no two runs share

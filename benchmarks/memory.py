@@ -26,8 +26,8 @@ import psutil
 import torch
 from common import add_arguments, describe_run, make_rows, time_ways, write_table
 
-from mia_utils import encoders
 from mia_utils.attacks import partcrop
+from mia_utils.models import encoders
 
 MIB = 2**20
 SMALLEST = "vit_nano_patch8_32"

@@ -31,8 +31,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, Resize, ToTensor
 from torchvision.transforms import functional as F
 
-from mia_utils import datasets, encoders, metrics, pretrain, seeds, views
-from mia_utils.attacks import classifier, partcrop
+from mia_utils import datasets, pretrain, seeds
+from mia_utils.attacks import network, partcrop
+from mia_utils.models import encoders, views
+from mia_utils.protocol import metrics
 
 BICUBIC = F.InterpolationMode.BICUBIC
 # arch -> images per call, crops per image
@@ -182,7 +184,7 @@ def attack_as_published(
         Scores of the reported images after the last epoch, higher = more likely a member; seconds of every epoch, and
         of every scoring.
     """
-    network = classifier.make_network(2 * options.attack_crops, seed=options.seed)
+    net = network.make_network(2 * options.attack_crops, seed=options.seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=5e-4)
     known, epochs, scorings = roles["known"], [], []
     members, strangers = known[is_member[known]], known[~is_member[known]]
@@ -196,7 +198,7 @@ def attack_as_published(
     def score(epoch: int) -> np.ndarray:
         began = clock()
         with torch.inference_mode():
-            scores = network(extract(roles["reported"], "score", epoch))[:, 0].double().numpy()
+            scores = net(extract(roles["reported"], "score", epoch))[:, 0].double().numpy()
         scorings.append(clock() - began)
         return scores
 
@@ -209,7 +211,7 @@ def attack_as_published(
         for start in range(0, len(members), 100):  # 100 members and 100 strangers a step
             rows = pairs[:, start : start + 100].ravel()
             features, target = extract(rows, epoch, start).clone(), torch.from_numpy(is_member[rows]).float()
-            loss = nn.functional.binary_cross_entropy_with_logits(network(features)[:, 0], target)
+            loss = nn.functional.binary_cross_entropy_with_logits(net(features)[:, 0], target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -230,7 +232,7 @@ def attack_from_cache(
     known = roles["known"]
     held = np.concatenate([known[is_member[known] == c][::4] for c in (True, False)])  # a quarter picks the epoch
     fit = np.setdiff1d(known, held)
-    attacker = classifier.fit(
+    attacker = network.fit(
         features[fit], is_member[fit], validation=(features[held], is_member[held]), seed=options.seed
     )
     return attacker.score(features[roles["reported"]])
@@ -304,7 +306,7 @@ def extrapolate_attack(features: list[dict], options: argparse.Namespace, run: d
     y = np.arange(len(known)) % 2 == 0
 
     def step():
-        classifier.fit(known, y, validation=(known[:100], y[:100]), epochs=1, steps_per_epoch=n_steps, patience=None)
+        network.fit(known, y, validation=(known[:100], y[:100]), epochs=1, steps_per_epoch=n_steps, patience=None)
 
     attacker = np.median(time_ways({"": step}, 3, run["clock"])[""]) / n_steps * PAPER["steps"]
     visits = PAPER["epochs"] * PAPER["known"] + (PAPER["epochs"] + 2) * PAPER["reported"]

@@ -20,8 +20,8 @@ import common
 import numpy as np
 import torch
 
-from mia_utils import segmenters
 from mia_utils.attacks import segmentation
+from mia_utils.models import segmenters
 
 HEIGHT, WIDTH, N_CLASSES, N_PATCHES = 96, 128, 11, 6
 

@@ -27,8 +27,9 @@ import common
 import numpy as np
 from PIL import Image
 
-from mia_utils import datasets, pretrain, splits
+from mia_utils import datasets, pretrain
 from mia_utils.datasets import folders
+from mia_utils.protocol import splits
 
 BATCH = 256
 PROBES = ("imports", "load: in memory", "split: streamed", "pass: streamed", "train: in memory", "train: streamed")

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from mia_utils import pretrain, seeds, views
+from mia_utils import pretrain, seeds
+from mia_utils.models import views
 from mia_utils.pretrain import mae
 
 MODELS = (

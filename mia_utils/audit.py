@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mia_utils import attacks, datasets, encoders, metrics, segmenters, splits
+from mia_utils import attacks, datasets
 from mia_utils.datasets import folders
+from mia_utils.models import encoders, segmenters
+from mia_utils.protocol import metrics, splits
 
 FEWEST = 10  # pictures a set: five folds, each with some to fit, to validate and to report
 

@@ -20,11 +20,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from mia_utils import metrics, paths, plots, profiles
+from mia_utils import paths, plots
+from mia_utils.protocol import metrics
+from mia_utils.runner import profiles
 
 if TYPE_CHECKING:
     from mia_utils.attacks import Result
-    from mia_utils.splits import Split
+    from mia_utils.protocol.splits import Split
 
 # ---------------------------------------------------------------------------------------------------- exercises
 
@@ -683,7 +685,8 @@ def make_rung_pair(pool: Any, rung: str, *, seed: int = 0) -> tuple[np.ndarray, 
         the pool has no such pair.
     """
 
-    from mia_utils import seeds, views
+    from mia_utils import seeds
+    from mia_utils.models import views
 
     one, other = seeds.rng(seed, "ladder-pair").choice(len(pool), 2, replace=False)
     if rung == "released-view":

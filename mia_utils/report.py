@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from mia_utils import figures, metrics, paths, plots
+from mia_utils import figures, paths, plots
 from mia_utils.attacks import ATTACKS, SUMMARY_COLUMNS, table
+from mia_utils.protocol import metrics
 
 STATUSES = ("drawn", "drawn at another scale", "not yet", "content not available")
 _PAPERS = (

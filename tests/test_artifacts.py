@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from mia_utils import artifacts
+from mia_utils.runner import artifacts
 
 SPEC = {"kind": "thing", "readable": "a", "seed": 0, "recipe": 1}
 
@@ -50,7 +50,7 @@ def test_a_failed_maker_leaves_no_artifact(home):
 def test_a_killed_maker_leaves_no_artifact(home):
     code = f"""
 import os, signal
-from mia_utils import artifacts
+from mia_utils.runner import artifacts
 def make(folder):
     (folder / "value.txt").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -106,5 +106,5 @@ def test_the_fingerprint_of_a_cache_follows_its_content(home, monkeypatch):
 
 
 def test_looking_for_artifacts_does_not_import_torch():
-    code = "import sys; from mia_utils import train; import mia_utils.artifacts; sys.exit('torch' in sys.modules)"
+    code = "import sys; from mia_utils.runner import train, artifacts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mia_utils import attacks, datasets, encoders, splits
-from mia_utils.attacks import classifier
+from mia_utils import attacks, datasets
+from mia_utils.attacks import network
+from mia_utils.models import encoders
+from mia_utils.protocol import splits
 
 N_MEMBERS = 100
 NARROW = {"n_crops": 16, "widths": (64, 32)}  # a smaller attacker than the paper's: these tests share one core
@@ -138,7 +140,7 @@ def test_a_released_selection_differs_only_in_the_epoch_chosen(scratch, target, 
 
     def fit(features, is_member, *, validation, seed):
         seen.append(len(validation[1]))
-        return classifier.fit(features, is_member, validation=validation, seed=seed, widths=(8,), epochs=2)
+        return network.fit(features, is_member, validation=validation, seed=seed, widths=(8,), epochs=2)
 
     attacks.register("norm-fit", needs={"tokens"}, queries=1, extract=embed_norm, fit=fit)
     released = attacks.evaluate("norm-fit", target, pool, split, protocol="released-selection", controls=False)
@@ -234,7 +236,7 @@ def test_parameters_reach_the_extraction_or_the_attacker(scratch, target, pool, 
 
     def fit(features, is_member, *, validation, seed, widths=(4,)):
         seen["widths"] = widths
-        return classifier.fit(features, is_member, validation=validation, seed=seed, widths=widths, epochs=2)
+        return network.fit(features, is_member, validation=validation, seed=seed, widths=widths, epochs=2)
 
     def extract(model, images, *, image_ids, seed, power=1.0):
         seen["power"] = power
@@ -393,7 +395,7 @@ def test_an_adaptive_attacker_learns_anew_and_a_static_one_keeps_what_he_learned
         needs={"embed"},
         queries=1,
         extract=lambda model, images, *, image_ids, seed: model.embed(datasets.to_float(images)).numpy(),
-        fit=functools.partial(classifier.fit, widths=(8,)),
+        fit=functools.partial(network.fit, widths=(8,)),
     )
     defended = (Turned(target), Turned(shadow) if knowledge == "shadow" else None)
     before = (Plain(target), Plain(shadow) if knowledge == "shadow" else None)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mia_utils import attacks, audit, datasets, encoders, metrics
+from mia_utils import attacks, audit, datasets
+from mia_utils.models import encoders
+from mia_utils.protocol import metrics
 
 FAST = {"n_views": 3}
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from mia_utils import datasets, encoders, views
+from mia_utils import datasets
 from mia_utils.attacks import partcrop
+from mia_utils.models import encoders, views
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 COLUMNS = ["what", "rate", "unit", "ratio", "against", "spread"]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mia_utils import encoders, pretrain, seeds, segmenters, views
+from mia_utils import pretrain, seeds
 from mia_utils.attacks import encodermi, lpla, mim, segmentation
 from mia_utils.datasets import folders
+from mia_utils.models import encoders, segmenters, views
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FIRST = ["what", "rate", "unit", "ratio", "against", "spread"]

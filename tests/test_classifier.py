@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from mia_utils.attacks import classifier
+from mia_utils.attacks import network
 
 
 def make_curves(n_members, n_strangers, *, seed, effect=1.0, n_crops=16):
@@ -32,16 +32,16 @@ def toy():
 
 @pytest.fixture(scope="module")
 def attacker(toy):
-    return classifier.fit(*toy[0], validation=toy[1], widths=(64, 32), epochs=40)
+    return network.fit(*toy[0], validation=toy[1], widths=(64, 32), epochs=40)
 
 
-@pytest.mark.parametrize("name", classifier.WIDTHS)
+@pytest.mark.parametrize("name", network.WIDTHS)
 def test_architecture_v1(name):
-    widths = classifier.WIDTHS[name]
-    network = classifier.make_network(128, widths=widths)
+    widths = network.WIDTHS[name]
+    net = network.make_network(128, widths=widths)
     linear = [m for m in network if isinstance(m, nn.Linear)]
     assert [m.in_features for m in linear] == [128, *widths] and linear[-1].out_features == 1
-    assert [type(m) for m in network] == [nn.Linear, nn.ReLU] * len(widths) + [nn.Linear]
+    assert [type(m) for m in net] == [nn.Linear, nn.ReLU] * len(widths) + [nn.Linear]
     assert all((m.bias == 0).all() for m in linear)
     weights = torch.cat([m.weight.flatten() for m in linear])
     assert weights.std().item() == pytest.approx(0.01, rel=0.03)  # N(0, 0.01): standard error below 1 %
@@ -49,24 +49,24 @@ def test_architecture_v1(name):
 
 
 def test_architecture_v2():
-    network = classifier.make_network(128, version="v2")
-    norm = classifier.RootMeanSquareNorm
-    assert [type(m) for m in network] == [norm, *[nn.Linear, norm, nn.Tanh] * 3, nn.Linear]
+    net = network.make_network(128, version="v2")
+    norm = network.RootMeanSquareNorm
+    assert [type(m) for m in net] == [norm, *[nn.Linear, norm, nn.Tanh] * 3, nn.Linear]
     x = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)) * 50
     expected = x / torch.sqrt((x**2).mean(dim=1, keepdim=True) + 1e-6)
     torch.testing.assert_close(norm()(x), expected)
-    torch.testing.assert_close(network(x.repeat(1, 19)[:, :128] * 10), network(x.repeat(1, 19)[:, :128]))  # scale-free
+    torch.testing.assert_close(net(x.repeat(1, 19)[:, :128] * 10), net(x.repeat(1, 19)[:, :128]))  # scale-free
 
 
 def test_the_five_widths():
-    assert classifier.WIDTHS["base"] == (512, 256, 128) and classifier.WIDTHS["deep"] == (512, 256, 256, 128)
-    assert set(classifier.WIDTHS) == {"base", "wide", "narrow", "deep", "shallow"}
+    assert network.WIDTHS["base"] == (512, 256, 128) and network.WIDTHS["deep"] == (512, 256, 256, 128)
+    assert set(network.WIDTHS) == {"base", "wide", "narrow", "deep", "shallow"}
 
 
-@pytest.mark.parametrize("version", classifier.VERSIONS)
+@pytest.mark.parametrize("version", network.VERSIONS)
 def test_it_learns_and_leaves_the_plateau(toy, version):
     start = time.process_time()
-    got = classifier.fit(*toy[0], validation=toy[1], version=version, epochs=30)
+    got = network.fit(*toy[0], validation=toy[1], version=version, epochs=30)
     assert time.process_time() - start < 10  # about 1 s measured on an idle core
     assert roc_auc_score(toy[2][1], got.score(toy[2][0])) > 0.8
     assert got.history.loss.iloc[-1] < 0.66  # log 2 = .693 is the plateau of a network that says nothing
@@ -77,7 +77,7 @@ def test_permuted_labels_give_chance(toy):
     rng, auc = np.random.default_rng(0), []
     for seed in range(6):
         fit, val = [(x, rng.permutation(y)) for x, y in toy[:2]]
-        got = classifier.fit(*fit, validation=val, widths=(64, 32), epochs=15, seed=seed)
+        got = network.fit(*fit, validation=val, widths=(64, 32), epochs=15, seed=seed)
         auc.append(roc_auc_score(rng.permutation(toy[2][1]), got.score(toy[2][0])))
     # labels of the report set are permuted too: standard error of one AUC .024, of six .0096; four of them
     assert np.mean(auc) == pytest.approx(0.5, abs=0.04)
@@ -94,14 +94,14 @@ def test_the_best_epoch_is_validations(attacker, toy):
 
 def test_patience_stops_and_none_does_not(toy):
     options = {"validation": toy[1], "widths": (16,), "epochs": 12, "steps_per_epoch": 2}
-    assert len(classifier.fit(*toy[0], patience=None, **options).history) == 12
-    stopped = classifier.fit(*toy[0], patience=1, **options)
+    assert len(network.fit(*toy[0], patience=None, **options).history) == 12
+    stopped = network.fit(*toy[0], patience=1, **options)
     assert len(stopped.history) in (stopped.best_epoch + 1, 12)
 
 
 def test_same_seed_repeats_and_the_global_generator_stays(toy):
     def score(seed):
-        got = classifier.fit(*toy[0], validation=toy[1], widths=(16,), epochs=3, seed=seed)
+        got = network.fit(*toy[0], validation=toy[1], widths=(16,), epochs=3, seed=seed)
         return got.score(toy[2][0])
 
     torch.manual_seed(7)
@@ -126,7 +126,7 @@ def test_a_score_does_not_depend_on_batch_mates(attacker, toy):
 def test_standardize_undoes_scale_and_offset(toy):
     def score(a, b):
         sets = [(a * x + b, y) for x, y in toy]
-        got = classifier.fit(*sets[0], validation=sets[1], widths=(16,), epochs=3, standardize=True)
+        got = network.fit(*sets[0], validation=sets[1], widths=(16,), epochs=3, standardize=True)
         return got.score(sets[2][0])
 
     np.testing.assert_allclose(score(1, 0), score(100, 50), atol=1e-3)  # float32 training
@@ -134,9 +134,9 @@ def test_standardize_undoes_scale_and_offset(toy):
 
 def test_small_sets_are_balanced():
     is_member = np.arange(43) < 3
-    idx, target = next(classifier._draw_batches(is_member, 100, torch.Generator().manual_seed(0)))
+    idx, target = next(network._draw_batches(is_member, 100, torch.Generator().manual_seed(0)))
     assert len(idx) == 6 and (is_member[idx] == target.numpy().astype(bool)).all()
-    batches = classifier._draw_batches(np.arange(30) < 10, 4, torch.Generator().manual_seed(0))
+    batches = network._draw_batches(np.arange(30) < 10, 4, torch.Generator().manual_seed(0))
     seen = torch.cat([next(batches)[0][:4] for _ in range(5)])
     assert torch.bincount(seen, minlength=10)[:10].tolist() == [2] * 10  # every member once per pass
 
@@ -144,8 +144,8 @@ def test_small_sets_are_balanced():
 def test_threshold_maximizes_balanced_accuracy():
     score, is_member = np.array([0.0, 1.0, 2.0, 3.0, 4.0]), np.array([False, False, True, False, True])
     # at 2: both members and one of three strangers (.83); at 4: one of two members and no stranger (.75)
-    assert classifier.pick_threshold(score, is_member) == 1.5
-    assert np.isfinite(classifier.pick_threshold(-score, is_member))
+    assert network.pick_threshold(score, is_member) == 1.5
+    assert np.isfinite(network.pick_threshold(-score, is_member))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_bad_input_is_one_line(change, message):
     good = {"features": np.zeros((20, 3)), "is_member": np.arange(20) < 10}
     good |= {"validation": (np.zeros((4, 3)), np.arange(4) < 2)}
     with pytest.raises(ValueError, match=message) as error:
-        classifier.fit(**(good | change))
+        network.fit(**(good | change))
     assert "\n" not in str(error.value)
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from mia_utils import metrics
-from mia_utils.attacks import controls
+from mia_utils.protocol import controls, metrics
 
 
 def make_images(n, *, seed=0, size=32):

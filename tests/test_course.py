@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mia_utils import course, paths, profiles
+from mia_utils import course, paths
 from mia_utils.attacks import Result
+from mia_utils.runner import profiles
 
 
 def make_result(shift: float, *, control_shift: float = 0.0, n: int = 400, seed: int = 0, protocol: str = "controlled"):

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from mia_utils import datasets, defenses, encoders, metrics, pretrain, profiles, segmenters
+from mia_utils import datasets, pretrain
 from mia_utils.datasets import scenes
+from mia_utils.models import encoders, outputs, segmenters
 from mia_utils.pretrain import mae
+from mia_utils.protocol import metrics
+from mia_utils.runner import profiles
 
 TINY = dict(arch="vit_nano_patch8_32", progress=False, device="cpu")
 SMALL = dict(encoder_depth=3, decoder_channels=(16, 8, 8))
@@ -65,20 +68,20 @@ STRENGTH = {"noise": 0.5, "rounding": 0.1, "top-k": 2, "temperature": 3.0, "argm
 def test_the_neutral_strength_of_every_output_defense_changes_no_bit(kind, make, size):
     model, x = make(), torch.rand(4, 3, size, size)
     for defense, strength in (("noise", 0), ("rounding", 0.0), ("gauss", 0), ("temperature", 1)):
-        if kind in defenses.OUTPUTS[defense]:
-            for plain, same in zip(ask(model, x), ask(defenses.perturb(model, defense, strength), x), strict=True):
+        if kind in outputs.OUTPUTS[defense]:
+            for plain, same in zip(ask(model, x), ask(outputs.perturb(model, defense, strength), x), strict=True):
                 assert torch.equal(plain, same), defense
 
 
 @pytest.mark.parametrize(("kind", "make", "size"), CASES)
-@pytest.mark.parametrize("defense", defenses.OUTPUTS)
+@pytest.mark.parametrize("defense", outputs.OUTPUTS)
 def test_an_image_gets_one_answer_alone_in_a_batch_and_twice(kind, make, size, defense):
-    if kind not in defenses.OUTPUTS[defense]:
+    if kind not in outputs.OUTPUTS[defense]:
         with pytest.raises(ValueError, match=f"defense '{defense}' does not fit an? {kind}: expected one of noise"):
-            defenses.perturb(make(), defense, 1.0)
+            outputs.perturb(make(), defense, 1.0)
         return
     model, x = make(), torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))
-    defended = defenses.perturb(model, defense, STRENGTH[defense], seed=3)
+    defended = outputs.perturb(model, defense, STRENGTH[defense], seed=3)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     whole, again, turned = ask(defended, x), ask(defended, x), ask(defended, x.flip(0))
     alone = [torch.cat(parts) for parts in zip(*(ask(defended, x[i : i + 1]) for i in range(5)), strict=True)]
@@ -89,7 +92,7 @@ def test_an_image_gets_one_answer_alone_in_a_batch_and_twice(kind, make, size, d
             torch.testing.assert_close(a, c.flip(0), **exact)
             torch.testing.assert_close(a, d, **exact)
     assert torch.equal(state[0], torch.get_rng_state()) and (state[1] == np.random.get_state()[1]).all()
-    other = ask(defenses.perturb(model, defense, STRENGTH[defense], seed=4), x)
+    other = ask(outputs.perturb(model, defense, STRENGTH[defense], seed=4), x)
     assert torch.equal(other[0], whole[0]) == (defense not in ("noise", "gauss"))
     assert defended.defense == (defense, STRENGTH[defense], 3)
 
@@ -97,39 +100,39 @@ def test_an_image_gets_one_answer_alone_in_a_batch_and_twice(kind, make, size, d
 def test_vectors_are_rounded_cut_and_noised_as_told():
     model, x = make_encoder(), torch.rand(64, 3, 8, 8)
     tokens, vector = model.tokens(x), model.embed(x)
-    rounded = defenses.perturb(model, "rounding", 0.25).tokens(x)
+    rounded = outputs.perturb(model, "rounding", 0.25).tokens(x)
     assert torch.equal(rounded * 4, (rounded * 4).round()) and float((rounded - tokens).abs().max()) <= 0.125 + 1e-6
-    kept = defenses.perturb(model, "top-k", 5).tokens(x)
+    kept = outputs.perturb(model, "top-k", 5).tokens(x)
     for row, full in zip(kept[0], tokens[0], strict=True):
         largest = sorted(full.abs().tolist())[-5:]
         assert sorted(row[row != 0].abs().tolist()) == largest
-    noise = defenses.perturb(model, "noise", 0.5).embed(x) - vector
+    noise = outputs.perturb(model, "noise", 0.5).embed(x) - vector
     assert float(noise.std()) == pytest.approx(0.5, rel=0.1)  # 1,536 draws: sd of the estimate is 2 %
     assert abs(float(torch.corrcoef(noise[:2])[0, 1])) < 0.7  # two images, two draws
-    assert torch.equal(defenses.perturb(model, "noise", 0.5).embed(x, "mean") - vector, noise)
+    assert torch.equal(outputs.perturb(model, "noise", 0.5).embed(x, "mean") - vector, noise)
 
 
 def test_posteriors_stay_posteriors_and_follow_their_formulas():
     model, x = make_segmenter(), torch.rand(3, 3, 8, 8)
     p = model.posteriors(x)
     for defense, strength in STRENGTH.items():
-        q = defenses.perturb(model, defense, strength).posteriors(x)
+        q = outputs.perturb(model, defense, strength).posteriors(x)
         assert q.shape == p.shape and float(q.min()) >= 0
         torch.testing.assert_close(q.sum(1), torch.ones(3, 8, 8))
-    soft = defenses.perturb(model, "temperature", 2.0).posteriors(x)
+    soft = outputs.perturb(model, "temperature", 2.0).posteriors(x)
     torch.testing.assert_close(soft, p.sqrt() / p.sqrt().sum(1, keepdim=True))
-    hard = defenses.perturb(model, "argmax").posteriors(x)
+    hard = outputs.perturb(model, "argmax").posteriors(x)
     assert set(hard.unique().tolist()) == {0.0, 1.0} and torch.equal(hard.argmax(1), p.argmax(1))
-    two = defenses.perturb(model, "top-k", 2).posteriors(x)
+    two = outputs.perturb(model, "top-k", 2).posteriors(x)
     assert torch.equal((two == 0).sum(1), torch.ones(3, 8, 8).long()) and torch.equal(two.argmin(1), p.argmin(1))
-    assert torch.equal(defenses.perturb(model, "rounding", 10.0).posteriors(x), torch.full_like(p, 1 / 3))
-    wild = defenses.perturb(model, "gauss", 5.0).posteriors(x)
+    assert torch.equal(outputs.perturb(model, "rounding", 10.0).posteriors(x), torch.full_like(p, 1 / 3))
+    wild = outputs.perturb(model, "gauss", 5.0).posteriors(x)
     assert float(wild.min()) > 0  # clipped at 1e-6 before it was normalized
 
 
 def test_the_two_ways_to_reconstruct_are_defended_alike():
     x, masks = torch.rand(2, 3, 32, 32), mae.draw_masks(3, 16, 0.75, np.random.default_rng(0))
-    model = defenses.perturb(make_autoencoder(), "noise", 0.3, seed=1)
+    model = outputs.perturb(make_autoencoder(), "noise", 0.3, seed=1)
     folded = model.reconstruct_from(model.embed_patches(x), masks, images=x)
     for j in range(3):  # the sums of a ViT depend on the batch in the last bits
         torch.testing.assert_close(folded[:, j], model.reconstruct(x, masks[j]), rtol=0, atol=1e-5)
@@ -140,17 +143,17 @@ def test_the_two_ways_to_reconstruct_are_defended_alike():
 
 def test_a_defended_model_keeps_its_face():
     encoder = encoders.make("vit_nano_patch8_32", method="mae")
-    defended = defenses.perturb(encoder, "noise", 0.1)
+    defended = outputs.perturb(encoder, "noise", 0.1)
     keys = ("name", "arch", "method", "pooling", "input_size", "min_size", "n_tokens", "dim", "module", "offers")
     assert isinstance(defended, encoders.Encoder)
     assert all(getattr(defended, key) is getattr(encoder, key) for key in keys)
     segmenter = make_segmenter()
-    assert defenses.perturb(segmenter, "argmax").n_classes == 3 and not hasattr(segmenter, "defense")
+    assert outputs.perturb(segmenter, "argmax").n_classes == 3 and not hasattr(segmenter, "defense")
     model = make_autoencoder()
-    defended = defenses.perturb(model, "rounding", 0.1)
+    defended = outputs.perturb(model, "rounding", 0.1)
     assert (defended.n_tokens, defended.input_size, defended.module) == (16, 32, model)
     assert next(defended.parameters()) is next(model.parameters())
-    assert defended.to("cpu") is defended and defenses.perturb(encoder, "noise", 1).to("cpu").device.type == "cpu"
+    assert defended.to("cpu") is defended and outputs.perturb(encoder, "noise", 1).to("cpu").device.type == "cpu"
 
 
 def test_the_argmax_of_a_segmenter_does_its_job_as_well_as_before(pictures):
@@ -161,15 +164,15 @@ def test_the_argmax_of_a_segmenter_does_its_job_as_well_as_before(pictures):
 
 
 def _harden(model):
-    return defenses.perturb(model, "argmax")
+    return outputs.perturb(model, "argmax")
 
 
 def test_the_scale_of_an_encoder_is_its_standard_deviation(pictures):
     images = pictures["images"][:, :8, :8]
     expected = make_encoder().embed(datasets.to_float(images)).std(0).square().mean().sqrt()
-    assert defenses.measure_scale(make_encoder(), images, batch_size=7) == pytest.approx(float(expected), rel=1e-5)
+    assert outputs.measure_scale(make_encoder(), images, batch_size=7) == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(ValueError, match="expected output 'embed' or 'tokens'"):
-        defenses.measure_scale(make_encoder(), images, output="logits")
+        outputs.measure_scale(make_encoder(), images, output="logits")
 
 
 def test_behind_enough_noise_a_threshold_knows_nothing():
@@ -182,13 +185,13 @@ def test_behind_enough_noise_a_threshold_knows_nothing():
     def read(model):
         return -model.embed(x).norm(dim=1), -model.tokens(x).norm(dim=(1, 2))
 
-    for plain, noised in zip(read(make_encoder()), read(defenses.perturb(make_encoder(), "noise", 1e4)), strict=True):
+    for plain, noised in zip(read(make_encoder()), read(outputs.perturb(make_encoder(), "noise", 1e4)), strict=True):
         assert metrics.evaluate(plain.numpy(), is_member).auc == 1.0
         blind = metrics.evaluate(noised.numpy(), is_member)
         assert blind.auc_low < 0.5 < blind.auc_high
     segmenter = segmenters.wrap(lambda x: torch.cat([-9 * x[:, :1], 9 * x[:, :2]], 1), n_classes=3, outputs="logits")
     for defense in ("noise", "gauss"):
-        score = [m.posteriors(x)[:, 0].mean((1, 2)) for m in (segmenter, defenses.perturb(segmenter, defense, 1e4))]
+        score = [m.posteriors(x)[:, 0].mean((1, 2)) for m in (segmenter, outputs.perturb(segmenter, defense, 1e4))]
         assert metrics.evaluate(score[0].numpy(), is_member).auc == 1.0
         blind = metrics.evaluate(score[1].numpy(), is_member)
         assert blind.auc_low < 0.5 < blind.auc_high
@@ -213,12 +216,12 @@ def test_behind_enough_noise_a_threshold_knows_nothing():
         (make_encoder, "argmax", None, "'argmax' does not fit an encoder"),
         (make_autoencoder, "top-k", 3, "'top-k' does not fit an autoencoder"),
         (lambda: "model.pt", "noise", 1.0, "expected an Encoder, a Segmenter or an autoencoder .* got str"),
-        (lambda: defenses.perturb(make_encoder(), "noise", 1), "noise", 1.0, "one behind 'noise'"),
+        (lambda: outputs.perturb(make_encoder(), "noise", 1), "noise", 1.0, "one behind 'noise'"),
     ],
 )
 def test_a_wrong_output_defense_is_one_line(make, defense, strength, message):
     with pytest.raises(ValueError, match=message) as error:
-        defenses.perturb(make(), defense, strength)
+        outputs.perturb(make(), defense, strength)
     assert "\n" not in str(error.value)
 
 
@@ -229,17 +232,17 @@ def test_the_epsilon_agrees_with_opacus_counting_step_by_step():
     from opacus.accountants import RDPAccountant
 
     for target in (0.8, 8.0):
-        plan = defenses.plan_privacy(n_images=256, batch_size=32, steps=400, epsilon=target, delta=1e-4)
+        plan = outputs.plan_privacy(n_images=256, batch_size=32, steps=400, epsilon=target, delta=1e-4)
         accountant = RDPAccountant()
         for _ in range(400):
             accountant.step(noise_multiplier=plan["noise_multiplier"], sample_rate=1 / 8)
         assert plan["epsilon"] == pytest.approx(accountant.get_epsilon(delta=1e-4), rel=1e-9)
         assert 0.98 * target < plan["epsilon"] <= target
-        text = defenses.describe_privacy(plan)
+        text = outputs.describe_privacy(plan)
         assert f"epsilon {plan['epsilon']:.4g} at delta 0.0001" in text and "rate 0.125, 400 steps" in text
-    known = defenses.measure_epsilon(noise_multiplier=1.0, sample_rate=0.25, steps=10000, delta=1e-5)
+    known = outputs.measure_epsilon(noise_multiplier=1.0, sample_rate=0.25, steps=10000, delta=1e-5)
     assert known == pytest.approx(551, abs=1)
-    assert defenses.measure_epsilon(noise_multiplier=0, sample_rate=0.5, steps=1, delta=1e-5) == math.inf
+    assert outputs.measure_epsilon(noise_multiplier=0, sample_rate=0.5, steps=1, delta=1e-5) == math.inf
 
 
 # ------------------------------------------------------------------------------------------- per-example gradients
@@ -247,7 +250,7 @@ def test_the_epsilon_agrees_with_opacus_counting_step_by_step():
 
 def build(method, **options):
     network = pretrain.build(method, "mobilenet_v2" if method in segmenters.METHODS else TINY["arch"], **options)
-    defenses.freeze_tokens(network)
+    outputs.freeze_tokens(network)
     for module in network.modules():
         if getattr(module, "inplace", False):
             module.inplace = False
@@ -263,7 +266,7 @@ def test_per_example_gradients_are_those_of_micro_batches_of_one(tensors, method
     images, labels = tensors
     network = build(method, **options)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    errors = defenses.compare_gradients(network, images[:2], labels[:2] if method == "unet" else None)
+    errors = outputs.compare_gradients(network, images[:2], labels[:2] if method == "unet" else None)
     assert errors and max(errors.values()) < 1e-4  # float32 sums in another order
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert not any(hasattr(p, "grad_sample") or p.grad is not None for p in network.parameters())
@@ -277,12 +280,12 @@ def test_wrong_per_example_gradients_are_refused_without_an_error_of_opacus(tens
     with pytest.raises(
         ValueError, match="can't be private.* per-example gradients .*mask_token|no per-example"
     ) as error:
-        defenses.require_private(network, images[:2])
+        outputs.require_private(network, images[:2])
     assert "\n" not in str(error.value)
 
 
 def test_per_example_gradients_of_convolutions_are_exact_in_any_memory_order():
-    from mia_utils.pretrain import private
+    from mia_utils.pretrain import privacy
 
     for groups, settings in ((1, {}), (4, dict(stride=2, padding=1)), (8, dict(padding=2, dilation=2, bias=False))):
         torch.manual_seed(0)
@@ -290,7 +293,7 @@ def test_per_example_gradients_of_convolutions_are_exact_in_any_memory_order():
         x = x.to(memory_format=torch.channels_last)
         out = layer(x)
         weight = torch.rand_like(out)
-        made = private.compute_conv_gradients(layer, [x], weight.to(memory_format=torch.channels_last))
+        made = privacy.compute_conv_gradients(layer, [x], weight.to(memory_format=torch.channels_last))
         for i in range(3):
             alone = torch.autograd.grad((layer(x[i : i + 1]) * weight[i]).sum(), list(layer.parameters()))
             for p, expected in zip(layer.parameters(), alone, strict=True):
@@ -318,13 +321,13 @@ def test_group_norm_is_put_where_opacus_would_put_it():
 
 
 def make_steps(network, images, labels=None, *, batch_size=8, noise=0.0, clip=1e9, lr=0.1):
-    from mia_utils.pretrain import private
+    from mia_utils.pretrain import privacy
 
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=lr)
-    plan = defenses.plan_privacy(
+    plan = outputs.plan_privacy(
         n_images=len(images), batch_size=batch_size, steps=10, noise_multiplier=noise, max_grad_norm=clip
     )
-    return private.PrivateSteps(network, optimizer, plan, images=images, labels=labels)
+    return privacy.PrivateSteps(network, optimizer, plan, images=images, labels=labels)
 
 
 @pytest.mark.parametrize("method", ["mae", "unet"])
@@ -339,7 +342,7 @@ def test_without_noise_and_clipping_it_is_plain_sgd_on_the_same_batches(tensors,
     for step in range(2):
         batch = np.arange(8 * step, 8 * step + 8)
         loss = steps.take_on(batch, step, **(STEP if method == "mae" else MAPS))
-        rng = defenses.seeds.rng(0, "train-views", step, 0)
+        rng = outputs.seeds.rng(0, "train-views", step, 0)
         parts = [batch] if chunk is None else np.array_split(batch, 3)  # masks are drawn part by part
         mean = 0.0
         for part in parts:  # the batch loss: every mask hides as many patches, every picture has as many valid pixels
@@ -388,7 +391,7 @@ def test_tiny_batches_train_and_the_accounting_is_printed_and_kept(pictures, cap
     run = pretrain.fit("mae", pictures["images"][:5], **settings)
     plan = run.settings["privacy"]
     assert plan["steps"] == 10 and plan["sample_rate"] == 0.2 and 19 < plan["epsilon"] <= 20
-    assert defenses.describe_privacy(plan) in capsys.readouterr().out
+    assert outputs.describe_privacy(plan) in capsys.readouterr().out
     assert torch.equal(state, torch.get_rng_state())
     first, last = run.states[0], run.states[2]
     assert all(torch.isfinite(value).all() for value in last.values())
@@ -470,7 +473,7 @@ def test_what_can_not_be_private_is_refused_in_one_line(pictures, change, messag
 def test_batch_norm_is_refused_with_the_reason(tensors):
     network = build("unet", n_classes=11, **SMALL)
     with pytest.raises(ValueError, match="batch norm can't be private .*mixes the images of a batch.*norm: group"):
-        defenses.require_private(network, tensors[0][:2], tensors[1][:2])
+        outputs.require_private(network, tensors[0][:2], tensors[1][:2])
 
 
 # ------------------------------------------------------------------------------------------- plain regularizers

@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from mia_utils import encoders, views
-from mia_utils.attacks import classifier, encodermi, lpla
+from mia_utils.attacks import encodermi, lpla
+from mia_utils.models import encoders, views
 
 # float32 products sum in another order for another batch shape; similarities are of the order of one
 BATCH = {"rtol": 1e-5, "atol": 1e-5}
@@ -337,9 +337,9 @@ FIT = (np.random.default_rng(0).random((6, 3)), np.arange(6) < 3)
 
 
 def test_a_shared_network_trains_alike_with_and_without_a_loose_bound_on_its_gradient(toy):
-    network = lambda: classifier.make_network(45, widths=(8,), seed=0)  # noqa: E731
+    network = lambda: network.make_network(45, widths=(8,), seed=0)  # noqa: E731
     options = dict(epochs=2, batch_size=20, lr=1e-3, weight_decay=0, steps_per_epoch=3, patience=None)
-    runs = [classifier.train(network(), *toy[0], validation=toy[1], max_norm=m, **options) for m in (None, 1e9, 1e-3)]
+    runs = [network.train(network(), *toy[0], validation=toy[1], max_norm=m, **options) for m in (None, 1e9, 1e-3)]
     first, loose, tight = (run.score(toy[2][0]) for run in runs)
     np.testing.assert_array_equal(first, loose)
     assert not np.array_equal(first, tight)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mia_utils import encoders
+from mia_utils.models import encoders
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -5,7 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from mia_utils import artifacts, attacks, experiments, paths
+from mia_utils import attacks, paths
+from mia_utils import lab as experiments
+from mia_utils.runner import artifacts
 
 PROFILE = """
 name: tiny

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from figure_lab import MadeUpLab, make_lab, make_result
 
-from mia_utils import figures, metrics, paths
+from mia_utils import figures, paths
+from mia_utils.protocol import metrics
 
 
 def _make_part_table() -> pd.DataFrame:

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from figure_lab import MadeUpLab
 
-from mia_utils import figures, metrics, plots
+from mia_utils import figures, plots
 from mia_utils.figures import mim
-from mia_utils.profiles import Profile
+from mia_utils.protocol import metrics
+from mia_utils.runner.profiles import Profile
 
 ROWS = {
     "mae-target": {}, "mae-crop-target": {"augmentation": "crop", "n_train": 512},

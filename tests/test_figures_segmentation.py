@@ -11,8 +11,10 @@ from figure_lab import MadeUpLab
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from mia_utils import audit, datasets, figures, plots, segmenters, splits
+from mia_utils import audit, datasets, figures, plots
 from mia_utils.figures.segmentation import tabulate_classes
+from mia_utils.models import segmenters
+from mia_utils.protocol import splits
 
 ATTACKS = ("seg-loss-map", "seg-concat", "seg-full-image", "seg-global-loss", "seg-label-only", "seg-type1")
 FIT = {"n_patches": 6, "patch_share": 0.7, "epochs": 8}

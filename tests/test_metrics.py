@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from mia_utils import metrics
+from mia_utils.protocol import metrics
 
 
 def make_scores(n_members=60, n_nonmembers=200, *, shift=1.0, seed=0, digits=None):

@@ -10,10 +10,12 @@ import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
-from mia_utils import attacks, encoders, pretrain, splits, views
+from mia_utils import attacks, pretrain
 from mia_utils.attacks import mim
 from mia_utils.datasets import Pool, scenes
+from mia_utils.models import encoders, views
 from mia_utils.pretrain import loop
+from mia_utils.protocol import splits
 
 MODELS = {
     "mae": ("mae", "vit_nano_patch8_32"),

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mia_utils import course, paths, profiles
+from mia_utils import course, paths
+from mia_utils.runner import profiles
 
 FOLDER = paths.PACKAGE_ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
@@ -205,7 +206,7 @@ def smoke(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k not in ("MIA_DATA_DIR", "MIA_ARTIFACTS")}
     environment |= {"MIA_HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "mia_utils.run", "smoke"]
+    command = [sys.executable, "-m", "mia_utils.runner.run", "smoke"]
     run = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
     build = home / "build" / "smoke"
 
@@ -220,7 +221,7 @@ def smoke(tmp_path_factory):
             str(build / "logs" / f"solution-{path.stem}.log"),
         ]
         code = (
-            "import json, pathlib, sys; from mia_utils import jobs; p = list(map(pathlib.Path, sys.argv[1:4])); "
+            "import json, pathlib, sys; from mia_utils.runner import jobs; p = list(map(pathlib.Path, sys.argv[1:4])); "
             "print(json.dumps(jobs.run_notebook(p[0], p[1], json.loads(sys.argv[4]), p[2])))"
         )
         done = subprocess.run(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mia_utils import encoders, views
 from mia_utils.attacks import partcrop
+from mia_utils.models import encoders, views
 
 GOLDEN = Path(__file__).parent / "golden" / "partcrop_energies.npz"
 # float32 matrix products sum in another order for another batch shape; energies are of the order of 1 to 10

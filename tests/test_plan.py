@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mia_utils import paths, pretrain, profiles, run
-from mia_utils.profiles import GPU_COST, Profile
+from mia_utils import paths, pretrain
+from mia_utils.runner import profiles, run
+from mia_utils.runner.profiles import GPU_COST, Profile
 
 SIZES = {method: (64, 128) for method in profiles.SEGMENTERS}
 AUGMENTATIONS = {"mae": "crop", "simmim": "crop", "dino": "dino", **dict.fromkeys(profiles.SEGMENTERS, "crop-weak")}
@@ -58,9 +59,9 @@ def test_every_row_of_paper_has_an_estimate_and_the_defaults_are_those_of_the_me
     for method, (_, defaults) in pretrain.METHODS.items():
         own = profiles.SEGMENTER_BATCH_SIZE if method in profiles.SEGMENTERS else profiles.BATCH_SIZE
         assert defaults["batch_size"] == own, method
-    from mia_utils.pretrain import loop, private
+    from mia_utils.pretrain import loop, privacy
 
-    assert profiles.PRIVATE_CHUNK_BYTES == private.GPU_CHUNK_BYTES
+    assert profiles.PRIVATE_CHUNK_BYTES == privacy.GPU_CHUNK_BYTES
     assert profiles.PRECISIONS == loop.PRECISIONS
 
 
@@ -147,7 +148,7 @@ def test_paper_is_mixed_wherever_it_is_not_private():
 
 
 def test_the_plan_of_paper_tells_hours_memory_and_disk_of_models_and_notebooks_without_torch(home):
-    code = "import sys; from mia_utils import run; run.main(['paper', '--plan']); assert 'torch' not in sys.modules"
+    code = "import sys; from mia_utils.runner import run; run.main(['paper', '--plan']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.PACKAGE_ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not list(home.rglob("*"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mia_utils import profiles
+from mia_utils.runner import profiles
 
 ROW = "{id: a, role: target, method: mae, arch: vit_nano_patch8_32, dataset: scenes, n_train: 32, epochs: 2}"
 GOOD = f"""

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from figure_lab import make_lab, make_result
 
-from mia_utils import attacks, figures, metrics, paths, plots, report
+from mia_utils import attacks, figures, paths, plots, report
+from mia_utils.protocol import metrics
 
 COLUMNS = (
     "paper attack control model_id method arch dataset protocol knowledge attacker defense strength n_train epochs "

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from test_profiles import write_notebook
 
-from mia_utils import jobs, paths, profiles, run
+from mia_utils import paths
+from mia_utils.runner import jobs, profiles, run
 
 ROOT = paths.PACKAGE_ROOT
 PARAMETERS = 'profile = "quick"\nn = 3  # paper: 128'
@@ -157,7 +158,7 @@ def test_a_missing_data_set_skips_its_rows_only(home):
 
 
 def test_a_plan_writes_nothing_and_needs_no_torch(home):
-    code = "import sys; from mia_utils import run; run.main(['smoke', '--plan']); assert 'torch' not in sys.modules"
+    code = "import sys; from mia_utils.runner import run; run.main(['smoke', '--plan']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{len(profiles.load('smoke').models)} models to train" in done.stdout and "GB, about" in done.stdout

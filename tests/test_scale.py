@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mia_utils import artifacts, pretrain, profiles, ranks, seeds, train
+from mia_utils import pretrain, seeds
 from mia_utils.datasets import scenes
-from mia_utils.pretrain import inputs, mae, moco
+from mia_utils.pretrain import distributed, inputs, mae, moco
+from mia_utils.runner import artifacts, profiles, train
 
 ARCH = "vit_nano_patch8_32"
 TINY = dict(arch=ARCH, progress=False)
@@ -56,12 +57,12 @@ WORKER = (
     COMMON
     + """
 import runpy
-from mia_utils import ranks
+from mia_utils.pretrain import distributed
 
 folder = sys.argv[1]
 sys.argv = ["train", "tiny", "mae", "dino"]
 try:
-    runpy.run_module("mia_utils.train", run_name="__main__")
+    runpy.run_module("mia_utils.runner.train", run_name="__main__")
 except SystemExit as end:
     assert end.code == 0
 images, contrastive = pickle.load(open(folder + "/in.pkl", "rb"))
@@ -75,7 +76,7 @@ for settings in (dict(batch_size=7), dict(batch_size=8, privacy={"epsilon": 8.0}
         pretrain.fit("mae", images, arch="vit_nano_patch8_32", epochs=1, **settings)
     except ValueError as error:
         refused.append(str(error))
-if ranks.get_rank() == 0:
+if distributed.get_rank() == 0:
     made = {name: (run.history, run.states) for name, run in runs.items()}
     pickle.dump((made, refused), open(folder + "/out.pkl", "wb"))
 """
@@ -196,14 +197,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="one GPU for each of the 4 processes on this machine, got 1: start fewer"):
-        ranks.launch()
+        distributed.launch()
 
 
 def test_under_slurm_without_torchrun_there_is_one_process(monkeypatch, pictures):
     plain = pretrain.fit("mae", pictures[0][:8], epochs=1, **TINY)
     for name, value in dict(SLURM_NTASKS="2", SLURM_JOB_NAME="job", SLURM_JOB_ID="1", SLURM_PROCID="1").items():
         monkeypatch.setenv(name, value)
-    assert (ranks.count(), ranks.get_rank(), ranks.share("mine")) == (1, 0, "mine")
+    assert (distributed.count(), distributed.get_rank(), distributed.share("mine")) == (1, 0, "mine")
     run = pretrain.fit("mae", pictures[0][:8], epochs=1, **TINY)
     assert all(torch.equal(value, run.states[1][key]) for key, value in plain.states[1].items())
 

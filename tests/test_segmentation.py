@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from mia_utils import segmenters
 from mia_utils.attacks import segmentation as seg
+from mia_utils.models import segmenters
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation_loss_map.npz"
 N, C, H, W = 5, 4, 24, 30

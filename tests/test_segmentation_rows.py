@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mia_utils import attacks, datasets, pretrain, segmenters, splits
+from mia_utils import attacks, datasets, pretrain
+from mia_utils.models import segmenters
+from mia_utils.protocol import splits
 
 OPTIONS = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mia_utils import datasets, splits
+from mia_utils import datasets
 from mia_utils.datasets import segmentation_sets as sets
+from mia_utils.protocol import splits
 
 RNG = np.random.default_rng(0)
 

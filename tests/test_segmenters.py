@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mia_utils import segmenters
+from mia_utils.models import segmenters
 
 SMALL = {
     "unet": {"encoder_depth": 3, "decoder_channels": (16, 8, 8)},

@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mia_utils import datasets, splits
-from mia_utils.splits import ROLES, Split, draw
+from mia_utils import datasets
+from mia_utils.protocol import splits
+from mia_utils.protocol.splits import ROLES, Split, draw
 
 BLOCKS = {"0001TP": 124, "0006R0": 101, "0016E5": 305, "Seq05VD": 171}  # frames a drive of CamVid has
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mia_utils import attacks, datasets, encoders, profiles, splits, train
+from mia_utils import attacks, datasets
 from mia_utils.datasets import folders
 from mia_utils.datasets.folders import ImageFiles
+from mia_utils.models import encoders
+from mia_utils.protocol import splits
+from mia_utils.runner import profiles, train
 
 
 def write_folder(folder: Path, n: int = 120, *, sizes: tuple = ((32, 32),), suffixes: tuple = (".png",)) -> Path:

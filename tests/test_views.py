@@ -6,7 +6,8 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from mia_utils import seeds, views
+from mia_utils import seeds
+from mia_utils.models import views
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mia_utils import seeds, splits, views
-from mia_utils.attacks import classifier, controls, encodermi, lpla, mim, partcrop, segmentation
-from mia_utils.attacks.controls import extract_statistics, permute_labels, score_without_model
+from mia_utils import seeds
+from mia_utils.attacks import encodermi, lpla, mim, network, partcrop, segmentation
 from mia_utils.attacks.result import SUMMARY_COLUMNS, Result
+from mia_utils.models import views
+from mia_utils.protocol import controls, splits
+from mia_utils.protocol.controls import extract_statistics, permute_labels, score_without_model
 
 __all__ = [
     "ATTACKS",
@@ -108,7 +110,7 @@ def register(
         score: ``score(features) -> (N,)``, higher = more likely a member: an attack without training.
         fit: ``fit(features, is_member, *, validation, seed, **parameters) -> attacker`` with ``.score(features)``,
             or ``.score(features, *, image_ids)`` where scoring draws per image.
-            Neither ``score`` nor ``fit``: the shared network, :func:`mia_utils.attacks.classifier.fit`.
+            Neither ``score`` nor ``fit``: the shared network, :func:`mia_utils.attacks.network.fit`.
         paper: where it comes from.
         recipe: raised whenever ``extract`` gives other numbers, so that no cached feature is mistaken for a new one.
         replace: overwrite an attack of that name.
@@ -125,7 +127,7 @@ def register(
     missing = {"image_ids", "seed"} - set(inspect.signature(extract).parameters)
     if missing and not _takes_anything(extract):
         raise ValueError(f"attack {name!r}: extract must take the keywords image_ids and seed, it lacks {missing}")
-    fit = None if score is not None else fit or classifier.fit
+    fit = None if score is not None else fit or network.fit
     ATTACKS[name] = Attack(name, frozenset(needs), queries, extract, score, fit, paper, recipe)
     return ATTACKS[name]
 
@@ -433,7 +435,7 @@ def _cross_fit(
         assert not (set(fit) & set(validation) or set(report) & (set(fit) | set(validation))), "roles overlap"
         fold_seed = seeds.derive(seed, "attacker", f) % 2**31
         scorer, deciding = make_scorer(labels[f], fit, validation, report, fold_seed)
-        threshold[report] = classifier.pick_threshold(scorer(deciding), labels[f][deciding])
+        threshold[report] = network.pick_threshold(scorer(deciding), labels[f][deciding])
         score[report], fold[report], reported[report] = scorer(report), 0 if one_ranking else f, labels[f][report]
     rows = fold >= 0
     if not np.isfinite(score[rows]).all():
@@ -581,7 +583,7 @@ register("partcrop", **_PARTCROP, paper="PartCrop (arXiv 2404.02462)")
 register(
     "partcrop-v2",
     **_PARTCROP,
-    fit=functools.partial(classifier.fit, version="v2"),
+    fit=functools.partial(network.fit, version="v2"),
     paper="PartCrop-v2 (arXiv 2505.10351)",
 )
 register(

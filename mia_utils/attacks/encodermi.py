@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mia_utils import seeds, views
-from mia_utils.attacks import classifier
+from mia_utils import seeds
+from mia_utils.attacks import network
+from mia_utils.models import views
 
 MEASURES = ("cosine", "euclidean", "pearson")
 
@@ -169,7 +170,7 @@ def fit_vector(
     steps_per_epoch: int = 10,
     patience: int | None = 50,
     seed: int = 0,
-) -> classifier.Attacker:
+) -> network.Attacker:
     """EncoderMI-V: a perceptron P-256-256-2 with tanh on the sorted similarities.
 
     Args:
@@ -192,7 +193,7 @@ def fit_vector(
     layers: list[nn.Module] = [_Sort()]
     for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [_make_linear(n_in, n_out, generator), nn.Tanh()]
-    return classifier.train(
+    return network.train(
         nn.Sequential(*layers, _make_linear(sizes[-1], 2, generator), _Difference()),
         features,
         is_member,
@@ -223,7 +224,7 @@ def fit_set(
     steps_per_epoch: int = 10,
     patience: int | None = 10,
     seed: int = 0,
-) -> classifier.Attacker:
+) -> network.Attacker:
     """EncoderMI-S: Deep Sets on all P similarities as points (0, 0, s); their order says nothing.
 
     Source: the released code's network, which is the point-cloud classifier of Zaheer et al. (arXiv 1703.06114).
@@ -247,7 +248,7 @@ def fit_set(
         given = f"{standardize!r}, {width}, {dropout}"
         raise ValueError(f"expected standardize 'set' or 'fit', width >= 1 and dropout in [0, 1), got {given}")
     per_set = standardize == "set" and _check_similarities(features).shape[1] > 1
-    return classifier.train(
+    return network.train(
         _SetNetwork(width=width, dropout=dropout, per_set=per_set, seed=seed),
         features,
         is_member,

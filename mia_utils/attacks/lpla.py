@@ -18,9 +18,9 @@ from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mia_utils import views
-from mia_utils.attacks.classifier import _check_features, _check_pair
 from mia_utils.attacks.encodermi import check_query
+from mia_utils.attacks.network import _check_features, _check_pair
+from mia_utils.models import views
 
 DENSITIES = ("normal", "kernel")
 

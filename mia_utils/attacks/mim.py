@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mia_utils import pretrain, seeds, views
-from mia_utils.encoders import Encoder
+from mia_utils import pretrain, seeds
+from mia_utils.models import views
+from mia_utils.models.encoders import Encoder
 from mia_utils.pretrain import mae
 
 CHOICES = {

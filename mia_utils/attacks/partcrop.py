@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mia_utils import seeds, views
+from mia_utils import seeds
+from mia_utils.models import views
 
 KINDS = ("uniform", "gaussian", "both")
 EPS = 1e-6  # inside the logarithms of the two reference distributions, as released

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mia_utils import metrics
+from mia_utils.protocol import metrics
 
 SUMMARY_COLUMNS = tuple(
     "paper attack control model_id method arch dataset protocol knowledge attacker defense strength n_train epochs "
@@ -55,7 +55,7 @@ class Result:
 
     @functools.cached_property
     def metrics(self) -> metrics.Result | None:
-        """All numbers with their intervals (:func:`mia_utils.metrics.evaluate`); None for an empty result."""
+        """All numbers with their intervals (:func:`mia_utils.protocol.metrics.evaluate`); None for an empty result."""
         if not len(self.score):
             return None
         folds = self.fold if len(np.unique(self.fold)) > 1 else None

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mia_utils import seeds, views
-from mia_utils.attacks.classifier import pick_threshold
+from mia_utils import seeds
+from mia_utils.attacks.network import pick_threshold
+from mia_utils.models import views
 
 TINY = 1e-30  # smallest posterior inside the logarithm, as released: no loss exceeds 69.08
 ARGMAX_DIVISOR = 50.0  # the released code divides the loss map of argmax posteriors (0 or 69.08) by this

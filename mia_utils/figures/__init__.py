@@ -11,14 +11,7 @@ Where results come from: ``lab.results(figure=name)``, the attack results that a
 and then images (``metrics.combine``); each seed stays visible as a dot or a thin line.
 """
 
-from mia_utils.figures import (  # noqa: F401 - they register their figures
-    defenses,
-    encodermi,
-    mim,
-    overview,
-    partcrop,
-    segmentation,
-)
+from mia_utils.figures import defenses, encodermi, mim, overview, partcrop, segmentation
 from mia_utils.figures.base import (
     FIGURES,
     Entry,

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
-from mia_utils import metrics, paths, plots
+from mia_utils import paths, plots
+from mia_utils.protocol import metrics
 
 # What makes two results the same experiment up to the seed. `model` is the model id without its seed, so rows that
 # differ in something not listed here are still told apart.

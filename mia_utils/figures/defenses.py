@@ -30,7 +30,7 @@ from mia_utils.figures.base import (
     pick_limits,
     say_interval,
 )
-from mia_utils.profiles import CONTRASTIVE, SEGMENTERS
+from mia_utils.runner.profiles import CONTRASTIVE, SEGMENTERS
 
 KEEP = 0.9  # a defense is affordable when it keeps this share of the utility gained by training
 _NOTEBOOK = "07_defenses"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mia_utils import metrics, plots, seeds
+from mia_utils import plots, seeds
 from mia_utils.figures.base import (
     Entry,
     NotAvailable,
@@ -31,6 +31,7 @@ from mia_utils.figures.base import (
     say_interval,
 )
 from mia_utils.figures.overview import name_attack
+from mia_utils.protocol import metrics
 
 ATTACKS = ("encodermi-v", "encodermi-s", "encodermi-t", "lpla")
 SETTINGS = ("PET", "PE-", "P-T", "-ET", "P--", "-E-", "--T", "---")  # the paper's eight, from all known to none

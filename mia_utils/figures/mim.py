@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mia_utils import metrics, plots, profiles
+from mia_utils import plots
 from mia_utils.figures.base import (
     Entry,
     combine,
@@ -26,6 +26,8 @@ from mia_utils.figures.base import (
     pick_limits,
     say_interval,
 )
+from mia_utils.protocol import metrics
+from mia_utils.runner import profiles
 
 _CONTROLS = ("no-model", "untrained", "permuted")
 _ATTACKS = ("mim", "partcrop", "encodermi-v", "encodermi-s", "encodermi-t")

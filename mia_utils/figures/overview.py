@@ -27,7 +27,7 @@ from mia_utils.figures.base import (
     pick_limits,
     sort_entries,
 )
-from mia_utils.profiles import SEGMENTERS
+from mia_utils.runner.profiles import SEGMENTERS
 
 # ------------------------------------------------------------------------------------------------------ notebook 08
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
-from mia_utils import metrics, plots
+from mia_utils import plots
 from mia_utils.figures.base import (
     Entry,
     NotAvailable,
@@ -30,6 +30,7 @@ from mia_utils.figures.base import (
     say_interval,
 )
 from mia_utils.figures.mim import make_accuracy_rows
+from mia_utils.protocol import metrics
 
 _CONTROLS = ("no-model", "untrained", "permuted")
 _ORDER = ("seg-loss-map", "seg-concat", "seg-full-image", "seg-global-loss", "seg-label-only", "seg-type1")

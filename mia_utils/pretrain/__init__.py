@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from mia_utils import seeds, segmenters
-from mia_utils.encoders import Encoder, from_module, make_backbone
+from mia_utils import seeds
+from mia_utils.models import segmenters
+from mia_utils.models.encoders import Encoder, from_module, make_backbone
 from mia_utils.pretrain import dino, mae, moco, simclr, simmim, supervised
 
 METHODS: dict[str, tuple[type, dict]] = {

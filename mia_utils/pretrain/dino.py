@@ -15,7 +15,7 @@ from lightly.models.utils import update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
-from mia_utils import views
+from mia_utils.models import views
 from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="dino", clip=3.0)

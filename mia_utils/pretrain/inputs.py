@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mia_utils import views
+from mia_utils.models import views
 
 Rows = TypeVar("Rows", slice, np.ndarray)
 AHEAD = 3  # batches that are decoded while one is trained on: what streaming holds in memory
@@ -69,7 +69,7 @@ def read(images: Tensor | Streamed, batches: Iterable[Rows]) -> Iterator[tuple[R
 
 
 def augment(images: Tensor, **settings: Any) -> Tensor:
-    """:func:`mia_utils.views.augment` in float32 whatever precision the network is trained in.
+    """:func:`mia_utils.models.views.augment` in float32 whatever precision the network is trained in.
 
     Its resampling is a matrix product: in bfloat16 it would move pixels by up to 3/255.
     """

@@ -28,10 +28,11 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mia_utils import defenses, encoders, pretrain, ranks, seeds, segmenters
-from mia_utils.encoders import Encoder
-from mia_utils.pretrain import inputs
-from mia_utils.segmenters import Segmenter
+from mia_utils import pretrain, seeds
+from mia_utils.models import encoders, outputs, segmenters
+from mia_utils.models.encoders import Encoder
+from mia_utils.models.segmenters import Segmenter
+from mia_utils.pretrain import distributed, inputs
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 WRITING = 0.05  # share of the time that may go into writing the resume state, however large it is
@@ -191,7 +192,7 @@ def _prepare_privacy(
     known = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
     if not isinstance(privacy, dict) or set(privacy) - set(known):
         raise ValueError(f"expected privacy a mapping of {', '.join(known)}, got {privacy!r}")
-    defenses.refuse_coupled(method, cls, options)
+    outputs.refuse_coupled(method, cls, options)
     if encoder is not None:
         raise ValueError("privacy= goes with a whole training: a decoder over a frozen encoder= is the attacker's own")
     if precision != "32-true":
@@ -255,7 +256,7 @@ def fit(
             weights and what is measured stay float32.
         on_checkpoint: called with (epoch, encoder) at every kept epoch, in process 0; its dict goes into ``history``.
         stop_after: stop after this many steps and return nothing of use (tests of resuming).
-        privacy: train with DP-SGD (``pretrain.private``): keyword arguments of ``defenses.plan_privacy``, that is
+        privacy: train with DP-SGD (``pretrain.private``): keyword arguments of ``outputs.plan_privacy``, that is
             ``epsilon`` (or ``noise_multiplier``), ``delta``, ``max_grad_norm``. Batches are then Poisson samples of
             expected size ``batch_size`` (large ones suit it), tokens of a ViT keep their start, batch norm of a
             segmenter becomes group norm. What was reached is printed and kept in ``settings["privacy"]``.
@@ -314,19 +315,19 @@ def fit(
     n_batches = max(len(images) // batch_size, 1)
     n_steps = epochs * n_batches
     if privacy is not None:
-        plan = defenses.plan_privacy(n_images=len(images), batch_size=batch_size, steps=n_steps, **privacy)
+        plan = outputs.plan_privacy(n_images=len(images), batch_size=batch_size, steps=n_steps, **privacy)
         settings["privacy"] = plan
     if precision != "32-true":
         settings["precision"] = precision
-    if privacy is not None and ranks.count() > 1:
-        raise ValueError(f"private training runs in one process, got {ranks.count()}: start it without torchrun")
-    if batch_size % ranks.count():
+    if privacy is not None and distributed.count() > 1:
+        raise ValueError(f"private training runs in one process, got {distributed.count()}: start it without torchrun")
+    if batch_size % distributed.count():
         raise ValueError(
-            f"expected a batch that {ranks.count()} processes share equally, got {batch_size} images: set batch_size "
-            f"to a multiple of {ranks.count()}, or start another number of processes"
+            f"expected a batch that {distributed.count()} processes share equally, got {batch_size} images: set batch_size "
+            f"to a multiple of {distributed.count()}, or start another number of processes"
         )
 
-    fabric = ranks.launch(device=device, precision=precision)
+    fabric = distributed.launch(device=device, precision=precision)
     model = pretrain.build(method, arch, seed=seed, **options)
     if encoder is not None:
         model.backbone.load_state_dict(encoder.module.state_dict())
@@ -339,7 +340,7 @@ def fit(
         model = convert_sync_batchnorm(model)
     size = model.input_size
     if privacy is not None:
-        defenses.freeze_tokens(model)
+        outputs.freeze_tokens(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in trained if p.ndim > 1]
     groups = [{"params": decay, "weight_decay": weight_decay}]
@@ -363,17 +364,17 @@ def fit(
         model.reference = inputs.to_tensor(np.asarray(reference), fabric.device), to_device(reference_labels)
     private = None
     if privacy is not None:
-        from mia_utils.pretrain.private import PrivateSteps  # opacus takes seconds to import
+        from mia_utils.pretrain.privacy import PrivateSteps  # opacus takes seconds to import
 
         private = PrivateSteps(model, optimizer, plan, images=data, labels=targets, seed=seed)
-        print(defenses.describe_privacy(plan), flush=True)
+        print(outputs.describe_privacy(plan), flush=True)
     states: dict[int, dict[str, Tensor]] = {}
     history: list[dict] = []
     step, spent = 0, 0.0
     resume_path = Path(resume_path) if resume_path else None
-    if ranks.share(resume_path is not None and resume_path.is_file()):
+    if distributed.share(resume_path is not None and resume_path.is_file()):
         if not resume_path.is_file():
-            raise ValueError(f"process {ranks.get_rank()} does not see {resume_path}: put it where all machines can")
+            raise ValueError(f"process {distributed.get_rank()} does not see {resume_path}: put it where all machines can")
         saved = torch.load(resume_path, map_location=fabric.device, weights_only=True)
         if saved.get("settings") == repr(settings):
             model.load_state_dict(saved["model"])
@@ -400,7 +401,7 @@ def fit(
                     face = encoders.from_module(model.backbone, arch=arch, method=method, **_get_input(options))
                 row |= on_checkpoint(epoch, face)
                 _set_training(model)
-        history.append(ranks.share(row))
+        history.append(distributed.share(row))
 
     def store(step: int) -> None:
         content = dict(settings=repr(settings), model=model.state_dict(), optimizer=optimizer.state_dict())

@@ -14,8 +14,8 @@ from lightly.models.modules.masked_vision_transformer_decoder_timm import Masked
 from lightly.models.utils import get_at_index
 from torch import Tensor, nn
 
-from mia_utils import views
-from mia_utils.encoders import HALF
+from mia_utils.models import views
+from mia_utils.models.encoders import HALF
 from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1.5e-3, weight_decay=0.05, batch_size=64, augmentation="none")

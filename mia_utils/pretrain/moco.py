@@ -19,8 +19,8 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from mia_utils import views
-from mia_utils.encoders import from_module
+from mia_utils.models import views
+from mia_utils.models.encoders import from_module
 from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="simclr-weak")

@@ -11,8 +11,8 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
 from torch import Tensor, nn
 
-from mia_utils import views
-from mia_utils.encoders import from_module
+from mia_utils.models import views
+from mia_utils.models.encoders import from_module
 from mia_utils.pretrain import inputs
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="simclr-weak")

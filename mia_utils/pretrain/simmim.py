@@ -12,7 +12,7 @@ import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
 from torch import Tensor, nn
 
-from mia_utils.encoders import HALF
+from mia_utils.models.encoders import HALF
 from mia_utils.pretrain.mae import MaskedImageModel
 
 DEFAULTS = dict(lr=1.5e-3, weight_decay=0.05, batch_size=64, augmentation="none")

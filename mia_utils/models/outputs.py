@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mia_utils import datasets, profiles, seeds
-from mia_utils.encoders import Encoder
-from mia_utils.segmenters import Segmenter
+from mia_utils import datasets, seeds
+from mia_utils.models.encoders import Encoder
+from mia_utils.models.segmenters import Segmenter
+from mia_utils.runner import profiles
 
 # ------------------------------------------------------------------------------------------------ outputs
 # Each takes an answer, the strength, and a callable that draws standard normal noise of the answer's shape.
@@ -437,7 +438,7 @@ def compare_gradients(
     Raises:
         ValueError: the network can't give per-example gradients.
     """
-    from mia_utils.pretrain.private import PerExampleGradients  # opacus takes seconds to import
+    from mia_utils.pretrain.privacy import PerExampleGradients  # opacus takes seconds to import
 
     resting = [m for m in method.modules() if m.training and type(m).__name__.startswith("Drop")]
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}

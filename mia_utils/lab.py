@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from mia_utils import artifacts, attacks, defenses, paths, profiles, seeds, splits, train
+from mia_utils import attacks, paths, seeds
 from mia_utils.attacks import Result, mim
 from mia_utils.datasets import Pool
+from mia_utils.models import outputs
 from mia_utils.pretrain import Run
-from mia_utils.profiles import Profile, Row
-from mia_utils.splits import Split
+from mia_utils.protocol import splits
+from mia_utils.protocol.splits import Split
+from mia_utils.runner import artifacts, profiles, train
+from mia_utils.runner.profiles import Profile, Row
 
 DECODER_IMAGES = 512  # of a decoder that the attacker trains himself
 
@@ -110,7 +113,7 @@ class Lab:
         if folder is None and train_missing and not self.replay:
             folder = train.train_row(self.profile, row)
         if folder is None:
-            command = f"python -m mia_utils.train {self.profile_name} {model_id}"
+            command = f"python -m mia_utils.runner.train {self.profile_name} {model_id}"
             raise FileNotFoundError(
                 f"model {model_id} of profile {self.profile_name} is not trained yet: run {command}"
             )
@@ -174,7 +177,7 @@ class Lab:
             decoder: for attacks that ask for reconstructions: the model's ``"own"`` decoder, or one that the
                 ``"attacker"`` trains over the frozen encoder on images outside all roles (``Split.reference``).
             decoder_epochs: epochs of the attacker's decoder, at most those of the row.
-            defense: a defense that needs no row of its own: a name of ``defenses.OUTPUTS`` (what the model answers is
+            defense: a defense that needs no row of its own: a name of ``outputs.OUTPUTS`` (what the model answers is
                 disturbed, and what the shadow answers), or ``"early-stopping"`` (both as they were at an epoch).
             strength: how strong it is, in the units of the defense; the epoch for early stopping.
             attacker: ``"adaptive"`` learned from defended answers; ``"static"`` learned his network and his threshold
@@ -444,7 +447,7 @@ def _defend(model: Any, *, defense: str | None, strength: float | None, seed: in
     """Disturb what a model answers; early stopping has chosen its weights already."""
     if defense is None or defense == "early-stopping":
         return model
-    return defenses.perturb(model, defense, strength, seed=seed)
+    return outputs.perturb(model, defense, strength, seed=seed)
 
 
 def _cache_features(key: dict, make) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The commands of ``./run_all.sh``: train what is missing, execute every notebook, draw every figure.
 
-``run_all.sh`` makes the environment and hands over to ``python -m mia_utils.run``. Nothing here imports torch before
+``run_all.sh`` makes the environment and hands over to ``python -m mia_utils.runner.run``. Nothing here imports torch before
 a command needs it: mistakes and ``--plan`` come at once.
 """
 
@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mia_utils import jobs, paths, profiles, rows
-from mia_utils.profiles import Profile, Row
+from mia_utils import paths
+from mia_utils.runner import jobs, profiles, rows
+from mia_utils.runner.profiles import Profile, Row
 
 USAGE = """usage: ./run_all.sh [PROFILE] [00 .. 08] [--plan] [--strict] [-- ENGINE_ARGS]
   (no arguments)    profile quick: train what is missing, execute every notebook, draw every figure
@@ -680,9 +681,9 @@ def run_data(arguments: list[str]) -> int:
 def run_replay(arguments: list[str]) -> int:
     """``replay``: redraws every score-based figure of ``photos`` from the committed scores."""
     _expect_nothing("replay", arguments)
-    from mia_utils import experiments, figures, report
+    from mia_utils import figures, lab, report
 
-    lab = experiments.open("photos", replay=True)
+    lab = lab.open("photos", replay=True)
     report.write_summary(lab)
     drawn = figures.draw_all(lab)
     report.write_index("photos")

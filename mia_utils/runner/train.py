@@ -1,7 +1,7 @@
-"""Train the models of a profile: ``python -m mia_utils.train PROFILE MODEL_ID [MODEL_ID ...]``.
+"""Train the models of a profile: ``python -m mia_utils.runner.train PROFILE MODEL_ID [MODEL_ID ...]``.
 
 One row is one job: it finds its artifact or makes it, goes on inside a training that was killed, and writes the very
-folder that the notebooks look for. ``torchrun --nproc-per-node N -m mia_utils.train PROFILE MODEL_ID`` trains a row on
+folder that the notebooks look for. ``torchrun --nproc-per-node N -m mia_utils.runner.train PROFILE MODEL_ID`` trains a row on
 N GPUs, or in N processes on the CPU, to the same artifact: a batch stays as large as the row says.
 """
 
@@ -12,15 +12,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mia_utils import artifacts, profiles, ranks
+from mia_utils.pretrain import distributed
+from mia_utils.runner import artifacts, profiles
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mia_utils.datasets import Pool
     from mia_utils.pretrain import Run
-    from mia_utils.profiles import Profile, Row
-    from mia_utils.splits import Split
+    from mia_utils.protocol.splits import Split
+    from mia_utils.runner.profiles import Profile, Row
 
 UTILITY_IMAGES = (5000, 2000)  # fit and test images of k-NN and linear probe, outside all four roles
 HELDOUT_IMAGES = 256  # strangers whose loss is drawn beside the members'
@@ -48,7 +49,7 @@ def load_pool(profile: Profile, dataset: str) -> Pool:
 
 def draw_split(profile: Profile, row: Row, pool: Pool) -> Split:
     """Draw the split of a row; a target and its shadow (same n_train and seed) share it."""
-    from mia_utils import splits
+    from mia_utils.protocol import splits
 
     return splits.draw(pool, n_members=row.n_train, seed=row.seed, **profile.get_split(row.dataset))
 
@@ -90,7 +91,7 @@ def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict
 
 def measure_segmenter(segmenter, pool: Pool, members: np.ndarray, strangers: np.ndarray) -> dict[str, float]:
     """Measure mIoU and pixel accuracy on strangers, and mIoU on members (the gap is what leaks)."""
-    from mia_utils.segmenters import measure_iou
+    from mia_utils.models.segmenters import measure_iou
 
     outside = measure_iou(segmenter, pool.images[strangers], pool.masks[strangers])
     inside = measure_iou(segmenter, pool.images[members], pool.masks[members])
@@ -111,10 +112,11 @@ def _chunks(index, size: int):
 def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
     """Train the model of a row, or find it; returns the folder of its artifact (in every process of ``torchrun``)."""
     spec = spec_of(profile, row)
-    found = ranks.share(artifacts.find(spec))
+    found = distributed.share(artifacts.find(spec))
     if found:
         return found
-    from mia_utils import pretrain, segmenters
+    from mia_utils import pretrain
+    from mia_utils.models import segmenters
 
     pool = load_pool(profile, row.dataset)
     split = draw_split(profile, row, pool)
@@ -171,15 +173,15 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
         return {"settings": run.settings, "train_seconds": round(run.seconds, 2), "utility": ends, "id": row.id}
 
     def start(folder: Path) -> dict[str, Any]:  # not called where another job was faster
-        ranks.share("train")
+        distributed.share("train")
         return make(folder)
 
-    if ranks.get_rank() == 0:  # it alone holds the lock of the artifact
-        return ranks.share(artifacts.load_or_make(spec, start))
-    answer = ranks.share(None)
+    if distributed.get_rank() == 0:  # it alone holds the lock of the artifact
+        return distributed.share(artifacts.load_or_make(spec, start))
+    answer = distributed.share(None)
     if answer == "train":
         make(None)
-        answer = ranks.share(None)
+        answer = distributed.share(None)
     return answer
 
 
@@ -196,7 +198,7 @@ def load_run(folder: Path) -> Run:
 def main(arguments: list[str]) -> int:
     """Train the named rows one after the other; returns the exit code."""
     if len(arguments) < 2:
-        print("usage: python -m mia_utils.train PROFILE MODEL_ID [MODEL_ID ...]", file=sys.stderr)
+        print("usage: python -m mia_utils.runner.train PROFILE MODEL_ID [MODEL_ID ...]", file=sys.stderr)
         return 2
     try:
         profile = profiles.load(arguments[0])
@@ -207,10 +209,10 @@ def main(arguments: list[str]) -> int:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         for row in rows:
             folder = train_row(profile, row, progress=sys.stderr.isatty())
-            if ranks.get_rank() == 0:
+            if distributed.get_rank() == 0:
                 print(f"{row.id}: {folder.name} ({artifacts.read_meta(folder)['train_seconds']:.0f} s)", flush=True)
     except (ValueError, FileNotFoundError) as error:
-        where = f"process {ranks.get_rank()}: " if ranks.get_rank() else ""
+        where = f"process {distributed.get_rank()}: " if distributed.get_rank() else ""
         print(f"{where}{error}", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,7 @@
 """One job of a run: fetch a data set, train rows, or execute a notebook. The Snakefile calls this.
 
-``python -m mia_utils.jobs PLAN JOB`` does job JOB of ``build/<profile>/plan.json``, writes its output to
-``build/<profile>/logs/JOB.log`` and its outcome to ``build/<profile>/status/JOB.json``, which ``mia_utils.run`` echoes.
+``python -m mia_utils.runner.jobs PLAN JOB`` does job JOB of ``build/<profile>/plan.json``, writes its output to
+``build/<profile>/logs/JOB.log`` and its outcome to ``build/<profile>/status/JOB.json``, which ``mia_utils.runner.run`` echoes.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
     if blocked:
         outcome = {"ok": False, "message": f"waits for {', '.join(blocked)}", "blocked": True}
     elif job in plan["train"]:
-        outcome = run_command([sys.executable, "-m", "mia_utils.train", plan["profile"], *work["ids"]], log)
+        outcome = run_command([sys.executable, "-m", "mia_utils.runner.train", plan["profile"], *work["ids"]], log)
     elif job in plan["notebooks"]:
         outcome = run_notebook(Path(work["source"]), build / f"{job}.ipynb", work["parameters"], log)
     else:

@@ -19,7 +19,8 @@ from opacus.optimizers import DPOptimizer
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from mia_utils import defenses, seeds
+from mia_utils import seeds
+from mia_utils.models import outputs
 
 CHUNK_BYTES = 96e6  # of per-example gradients held at a time; a larger batch is summed up in parts
 GPU_CHUNK_BYTES = 8e9
@@ -97,7 +98,7 @@ class PrivateSteps:
     Args:
         method: network with ``losses(images, ...) -> (B,)``, one loss per image; in training mode.
         optimizer: over its parameters.
-        plan: of :func:`mia_utils.defenses.plan_privacy`.
+        plan: of :func:`mia_utils.models.outputs.plan_privacy`.
         images: (N, 3, H, W) uint8, the members.
         labels: (N, H, W) for segmenters.
         seed: of batches, noise, masks and augmentation.
@@ -122,7 +123,7 @@ class PrivateSteps:
             if getattr(module, "inplace", False):
                 module.inplace = False
         some = slice(0, 2)
-        for name in defenses.require_private(method, images[some], None if labels is None else labels[some]):
+        for name in outputs.require_private(method, images[some], None if labels is None else labels[some]):
             method.get_parameter(name).requires_grad_(False)  # never used, for example stages behind encoder_depth
         self._hooked = PerExampleGradients(method, loss_reduction="sum")
         self.optimizer = DPOptimizer(

@@ -258,7 +258,7 @@ def test_set(
 
     H0: my pictures and the reference pictures are exchangeable, as if one pile had been divided at random. It is
     rejected by membership, but also by *any* other difference between the two sets: first let the no-model control
-    (:mod:`mia_utils.attacks.controls`) look for one, or use :mod:`mia_utils.audit`, which does.
+    (:mod:`mia_utils.protocol.controls`) look for one, or use :mod:`mia_utils.audit`, which does.
 
     The statistic is the rank sum (Mann-Whitney), the AUC of the rest of this module: unlike a difference of means it
     does not hang on the scale of the score or on one picture with an extreme one. p = (1 + permutations at least as

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mia_utils.profiles import Profile, Row
+from mia_utils.runner.profiles import Profile, Row
 
 
 def artifact_path(profile: Profile, row: Row) -> Path | None:
@@ -14,6 +14,6 @@ def artifact_path(profile: Profile, row: Row) -> Path | None:
         profile: the profile the row belongs to (data set arguments and split sizes are part of the identity).
         row: one trained model.
     """
-    from mia_utils import artifacts, train
+    from mia_utils.runner import artifacts, train
 
     return artifacts.find(train.spec_of(profile, row))

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mia_utils import seeds, views
-from mia_utils.encoders import HALF
+from mia_utils import seeds
+from mia_utils.models import views
+from mia_utils.models.encoders import HALF
 
 VOID = 255
 MULTIPLE = 32  # the networks halve a picture five times: others are padded at the right and bottom, outputs cut back
