@@ -15,7 +15,7 @@ import pytest
 from test_profiles import write_notebook
 
 from mia_utils import paths
-from mia_utils.runner import jobs, profiles, run
+from mia_utils.runner import artifacts, jobs, profiles, run, train
 
 ROOT = paths.PACKAGE_ROOT
 PARAMETERS = 'profile = "quick"\nn = 3  # paper: 128'
@@ -107,6 +107,45 @@ def test_a_row_is_trained_once_and_found_by_the_next_run(home):
     shown = call("tiny", "--plan").stdout
     assert "0 models to train, 0.00 GB" in shown
     assert "a         done" in shown
+
+
+@pytest.mark.parametrize("n_updates", [0, 1, 2])
+def test_a_row_that_ends_while_the_statuses_are_read_is_found_and_the_run_is_good(home, monkeypatch, capsys, n_updates):
+    write_profile(home, "datasets: {scenes: {n: 3500}}", rows=[ROW.format(id="a", dataset="scenes")])
+    (home / "notebooks").mkdir()
+    plan, read = run.make_plan("tiny"), jobs.read_json
+    echo = run.Echo(plan, "now")
+
+    def end_after_reading(path: Path):
+        """The job ends right behind the first look at its status."""
+        value = read(path)
+        if path.name == "train-a.json" and not path.exists():
+            artifacts.load_or_make(train.spec_of(plan.profile, plan.missing[0]), lambda folder: None)
+            jobs.write_json(path, {"job": "train-a", "run": "now", "seconds": 1.0, "ok": True, "message": ""})
+        return value
+
+    monkeypatch.setattr(jobs, "read_json", end_after_reading)
+    for _ in range(n_updates):
+        echo.update()
+    if not n_updates:
+        end_after_reading(plan.build / "status/train-a.json")
+    assert echo.finish(0) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("trained a (") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("ok", "made", "engine", "code"), [(True, True, 0, 0), (False, True, 0, 1), (True, False, 0, 1), (True, True, 1, 1)]
+)
+def test_the_exit_code_follows_from_artifacts_and_statuses_on_the_disk(home, ok, made, engine, code):
+    write_profile(home, "datasets: {scenes: {n: 3500}}", rows=[ROW.format(id="a", dataset="scenes")])
+    (home / "notebooks").mkdir()
+    plan = run.make_plan("tiny")
+    if made:
+        artifacts.load_or_make(train.spec_of(plan.profile, plan.missing[0]), lambda folder: None)
+    jobs.write_json(plan.build / "status/train-a.json", {"run": "now", "ok": ok, "seconds": 1.0, "message": "no"})
+    assert run.Echo(plan, "now").finish(engine) == code
+    assert run.Echo(plan, "another").finish(engine) == 1  # the status of another run says nothing
 
 
 def wait_for(condition, seconds: float = 240.0) -> None:

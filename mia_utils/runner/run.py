@@ -467,7 +467,6 @@ def execute(plan: Plan, command: list[str]) -> int:
             return 130
         finally:
             signal.signal(signal.SIGTERM, previous)
-    echo.update()
     return echo.finish(engine.returncode)
 
 
@@ -559,9 +558,9 @@ class Echo:
         self.plan, self.run_id = plan, run_id
         self.train = plan.train_jobs()
         self.waiting = {row.id: row for row in plan.missing}
-        self.pending = {*self.train, *plan.notebooks, *(f"data-{i}" for i in range(len(plan.fetch)))}
+        self.all_jobs = {*self.train, *plan.notebooks, *(f"data-{i}" for i in range(len(plan.fetch)))}
+        self.pending = set(self.all_jobs)
         self.n_models = len(plan.missing) + len(plan.done)
-        self.n_failed = 0
         self.n_updates = 0
         self.started = time.time()
         self.line = sys.stdout.isatty()
@@ -577,19 +576,17 @@ class Echo:
 
     def update(self) -> None:
         """Report what has happened since the last call."""
+        # read once: a job that ends between two reads would be taken off the list without a look for its rows
+        ended = {job: status for job in sorted(self.pending) if (status := self.read_status(job))}
         for job, pack in self.train.items():
-            status = jobs.read_json(self.plan.build / "status" / f"{job}.json") if job in self.pending else None
-            ended = status is not None and status.get("run") == self.run_id
             # a process that trains several rows is looked at while it runs, now and then (folders are hashed)
-            if ended or (job in self.pending and len(pack) > 1 and self.n_updates % 6 == 0):
+            if job in ended or (job in self.pending and len(pack) > 1 and self.n_updates % 6 == 0):
                 for row in pack:
                     self.look_for(row)
         self.n_updates += 1
-        for job in sorted(self.pending):
-            status = jobs.read_json(self.plan.build / "status" / f"{job}.json")
-            if status and status.get("run") == self.run_id:
-                self.pending.discard(job)
-                self.report(job, status)
+        for job, status in ended.items():
+            self.pending.discard(job)
+            self.report(job, status)
         if self.line:
             passed = int(time.time() - self.started)
             n_left = sum(job in self.plan.notebooks for job in self.pending)
@@ -600,6 +597,11 @@ class Echo:
                 end="",
                 flush=True,
             )
+
+    def read_status(self, job: str) -> dict[str, Any] | None:
+        """Return what a job of this very run reported when it ended, else ``None``."""
+        status = jobs.read_json(self.plan.build / "status" / f"{job}.json")
+        return status if status and status.get("run") == self.run_id else None
 
     def look_for(self, row: Row) -> None:
         """Report a row as soon as its artifact exists."""
@@ -613,7 +615,6 @@ class Echo:
     def report(self, job: str, status: dict[str, Any]) -> None:
         log = os.path.relpath(self.plan.build / "logs" / f"{job}.log")
         if not status["ok"]:
-            self.n_failed += 1
             if status.get("blocked"):
                 self.say(f"not run: {job} ({status['message']})")
             elif job in self.plan.notebooks:
@@ -624,15 +625,19 @@ class Echo:
             self.say(status["finding"] or f"{job[:2]} executed in {status['seconds']:.0f} s")
 
     def finish(self, engine_code: int) -> int:
-        """Say what did not run and where the figures are; returns the exit code."""
+        """Say what did not run and where the figures are; returns the exit code, by what lies on the disk."""
+        self.update()
+        for row in [*self.waiting.values()]:
+            self.look_for(row)
         self.clear()
         lost = sorted(self.pending)
+        failed = [job for job in self.all_jobs if not (self.read_status(job) or {"ok": False})["ok"]]
         log = os.path.relpath(self.plan.build / "logs" / "engine.log")
         if engine_code:
             last = jobs.get_last_line(self.plan.build / "logs" / "engine.log")
             print(f"failed: the engine stopped ({last}), not run: {', '.join(lost) or 'nothing'}; log {log}")
         print_page(self.plan.profile.name)
-        return 1 if engine_code or self.n_failed or lost or self.waiting else 0
+        return 1 if engine_code or failed or self.waiting else 0
 
 
 def print_page(profile: str) -> None:
