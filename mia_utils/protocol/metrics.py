@@ -88,6 +88,11 @@ class Result:
     inputs: tuple[Scores, ...] = field(repr=False, compare=False)
 
     @property
+    def minimum_detectable(self) -> float:
+        """Smallest AUC that an interval of this row's width calls above 0.5."""
+        return min(1.0, 0.5 + self.auc - self.auc_low)
+
+    @property
     def n_seeds(self) -> int:
         """Number of seeds averaged."""
         return len(self.per_seed)
