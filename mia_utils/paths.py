@@ -1,4 +1,4 @@
-"""Where things are kept. Every path follows from the project folder and three environment variables.
+"""Where things are kept, and how a file is written. Every path follows from the project folder and three variables.
 
 ``MIA_HOME`` moves the whole working folder (tests use it), ``MIA_DATA_DIR`` moves ``data/raw``,
 ``MIA_ARTIFACTS`` adds read-only artifact folders (separated like ``PATH``).
@@ -6,15 +6,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
 def get_home() -> Path:
     """Return the project folder: ``MIA_HOME``, else the checkout that holds this package."""
-    return Path(os.environ.get("MIA_HOME", PACKAGE_ROOT)).expanduser().resolve()
+    value = os.environ.get("MIA_HOME", str(PACKAGE_ROOT))
+    if not value.strip():
+        raise ValueError("MIA_HOME: expected a folder, got an empty text; name one or unset the variable")
+    return Path(value).expanduser().resolve()
 
 
 def get_raw_dir() -> Path:
@@ -42,3 +49,37 @@ def get_figures_dir(profile: str) -> Path:
 def get_build_dir(profile: str) -> Path:
     """Return the folder of executed notebooks, markers and logs of a profile."""
     return get_home() / "build" / profile
+
+
+def get_threads() -> int | None:
+    """Return ``OMP_NUM_THREADS``, ``None`` when it is not set; anything but a positive number is a ValueError."""
+    value = os.environ.get("OMP_NUM_THREADS")
+    if value and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise ValueError(f"OMP_NUM_THREADS: expected a number of at least 1, got {value!r}; set it or unset it")
+    return int(value) if value else None
+
+
+def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
+    """Write a file under another name and rename it: readers see all of it or nothing, a failure leaves nothing.
+
+    Args:
+        path: the file; folders above it are made, its rights follow from the umask.
+        write: called with the open file, for example ``lambda file: np.savez(file, **arrays)``.
+
+    Raises:
+        ValueError: no right or no space. One line that names the file.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            write(file)
+        part.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"can not write {path}: {reason}: make room or get the right to write there") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return path
