@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from mia_utils import paths, plots
-from mia_utils.protocol import metrics
+from mia_utils.protocol import intervals
 from mia_utils.runner import profiles
 
 if TYPE_CHECKING:
@@ -438,7 +438,7 @@ class Checks:
                 while label in rows:
                     label += " (other settings)"
                 rows[label] = control
-        table = metrics.judge_controls(rows, level=level)
+        table = intervals.judge_controls(rows, level=level)
         table.insert(1, "auc", [r.auc for r in rows.values()])
         table.insert(2, "could_have_seen", [0.5 + r.half_width for r in rows.values()])
         failed = table[table["rejected"]]

@@ -12,14 +12,15 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import optimize, stats
 
 VERDICTS = ("shown", "reversed", "not shown", "invalid")
-FAMILIES = ("no-model", "untrained", "permuted")
+RARE = 5  # fewer expected errors (or hits) than this: the bootstrap is too short and a score interval joins it
 
 
 class Interval(NamedTuple):
@@ -163,3 +164,124 @@ def _get_p(name: str, value: Any) -> float:
     if not 0 <= p <= 1:
         raise ValueError(f"expected a p-value in [0, 1] for control {name!r}, got {p}; None = control not run")
     return p
+
+
+# --- the interval ----------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """An AUC with its interval, standard error, and the smallest AUC such an interval would call above 0.5."""
+
+    value: float
+    low: float
+    high: float
+    se: float
+    minimum_detectable: float
+
+    def agree(self, p: float, critical: float, confidence: float) -> Estimate:
+        """Hold 0.5 where the test of the same scores does not reject it, whose critical AUC is given."""
+        low, high = (min(self.low, 0.5), max(self.high, 0.5)) if p > 1 - confidence else (self.low, self.high)
+        return self._replace(low=low, high=high, minimum_detectable=min(1.0, max(self.minimum_detectable, critical)))
+
+
+def estimate_auc(
+    per_seed: np.ndarray,
+    drawn: np.ndarray,
+    *,
+    units: Sequence[tuple[int, int]],
+    widen: Sequence[float],
+    shared: bool,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Put an interval around the mean AUC of S trainings.
+
+    One training: percentile bootstrap, joined with a score interval where fewer than ``RARE`` errors are expected, half
+    widths times ``widen``. Several: mean +- t(S - 1) sqrt(max(s^2, W) / S + max(C, 0)), s the standard deviation of
+    the AUCs, W their mean variance within a training (widened), C the mean covariance between trainings of resamples
+    that share blocks.
+
+    Args:
+        per_seed: (S,) AUCs.
+        drawn: (S, B) AUCs of the resamples.
+        units: independent units (images or blocks) of members and of non-members, per training.
+        widen: factor on the standard error, per training (``widen_folds``).
+        shared: whether the resamples of the trainings share their blocks.
+        confidence: level.
+    """
+    z = stats.norm.ppf((1 + confidence) / 2)
+    parts = []
+    for auc, draws, (m, n), factor in zip(per_seed, drawn, units, widen, strict=True):
+        low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+        se = np.nanstd(draws)
+        if min(auc, 1 - auc) * min(m, n) < RARE or low == high:
+            ends = get_score_interval(auc, m, n, confidence)
+            low, high, se = min(low, ends[0]), max(high, ends[1]), max(se, (auc - ends[0]) / z, (ends[1] - auc) / z)
+        parts.append((factor * max(auc - low, 0), factor * max(high - auc, 0), factor * se))
+    below, above, se = np.array(parts).T
+    if len(parts) == 1:
+        below, above, se = below[0], above[0], se[0]
+    else:
+        se = _combine_se(per_seed, se**2, drawn, np.array(widen), shared)
+        below = above = stats.t.ppf((1 + confidence) / 2, len(parts) - 1) * se
+    auc = float(np.mean(per_seed))
+    low, high = max(0.0, float(auc - below)), min(1.0, float(auc + above))
+    return Estimate(auc, low, high, float(se), min(1.0, float(0.5 + below)))
+
+
+def _combine_se(per_seed: np.ndarray, within: np.ndarray, drawn: np.ndarray, widen: np.ndarray, shared: bool) -> float:
+    covariance = 0.0
+    if shared:
+        scaled = widen[:, None] * drawn[:, np.isfinite(drawn).all(axis=0)]
+        matrix = np.cov(scaled)
+        covariance = (matrix.sum() - np.trace(matrix)) / (len(matrix) * (len(matrix) - 1))
+    return float(np.sqrt(max(np.var(per_seed, ddof=1), within.mean()) / len(per_seed) + max(covariance, 0.0)))
+
+
+def estimate_difference(
+    per_seed: np.ndarray, drawn: np.ndarray, *, widen: Sequence[float], shared: bool, confidence: float = 0.95
+) -> Interval:
+    """Put the same interval around a paired difference of AUCs, (S,) with resamples (S, B); ends in [-1, 1]."""
+    value, factor = float(np.mean(per_seed)), np.array(widen)
+    if len(per_seed) == 1:
+        low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+        below, above = factor[0] * max(value - low, 0), factor[0] * max(high - value, 0)
+    else:
+        se = _combine_se(per_seed, (factor * np.nanstd(drawn, axis=1)) ** 2, drawn, factor, shared)
+        below = above = stats.t.ppf((1 + confidence) / 2, len(per_seed) - 1) * se
+    return Interval(value, max(-1.0, float(value - below)), min(1.0, float(value + above)))
+
+
+def widen_folds(n_folds: int) -> float:
+    """Factor on the standard error of a mean over k cross-fitted folds, whose attackers share most of their images.
+
+    Source: Nadeau and Bengio (Machine Learning 52, 2003): 1/k becomes 1/k + n_test/n_fit = 1/k + 1/(k - 1).
+    """
+    return float(np.sqrt(1 + n_folds / (n_folds - 1))) if n_folds > 1 else 1.0
+
+
+def get_score_interval(auc: float, n_members: float, n_nonmembers: float, confidence: float) -> tuple[float, float]:
+    """Score interval of an AUC: all AUCs t with (auc - t)^2 <= z^2 var(t), as Newcombe (Statist. Med. 25, 2006).
+
+    var(t) = t (1 - t) / (m n) * [1 + (m - 1) (1 - t) / (2 - t) + (n - 1) t / (1 + t)], Hanley and McNeil, Radiology 143
+    (1982), Eq. (1) with Q1 = t / (2 - t), Q2 = 2 t^2 / (1 + t); the larger of its two orientations.
+    """
+    z2 = stats.norm.ppf((1 + confidence) / 2) ** 2
+    m, n = n_members, n_nonmembers
+
+    def excess(t: float) -> float:
+        p, q = (1 - t) / (2 - t), t / (1 + t)
+        var = t * (1 - t) / (m * n) * (1 + max((m - 1) * p + (n - 1) * q, (n - 1) * p + (m - 1) * q))
+        return (auc - t) ** 2 - z2 * var
+
+    tiny = 1e-12
+    low = optimize.brentq(excess, 0, min(auc, 1 - tiny)) if auc > tiny else 0.0
+    high = optimize.brentq(excess, max(auc, tiny), 1) if auc < 1 - tiny else 1.0
+    return low, high
+
+
+def get_wilson(value: np.ndarray | float, n: float, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson (1927) score interval of a proportion; n may be fractional."""
+    z2 = stats.norm.ppf((1 + confidence) / 2) ** 2
+    center = (value + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (value * (1 - value) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return np.maximum(center - half, 0.0), np.minimum(center + half, 1.0)
