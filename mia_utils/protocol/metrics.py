@@ -5,7 +5,7 @@ A score is float64 ``(N,)`` and **higher = more likely a member**. Intervals and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,13 +13,12 @@ import numpy as np
 from scipy import stats
 
 from mia_utils import seeds
-from mia_utils.protocol import bootstrap, intervals
-from mia_utils.protocol.bootstrap import Scores
+from mia_utils.protocol import intervals, resampling
 from mia_utils.protocol.intervals import Interval
+from mia_utils.protocol.resampling import NullTest, Scores
 
 FPRS = (0.1, 0.01, 0.001)
-N_PERMUTATIONS = 10_000
-_FEW_BLOCKS = 10  # of the rarer side: below, the p-value permutes blocks instead of resampling them
+_NONE = np.empty(0)
 
 
 class Roc(NamedTuple):
@@ -31,29 +30,20 @@ class Roc(NamedTuple):
     high: np.ndarray
 
 
-class NullTest(NamedTuple):
-    """Two-sided test of AUC 0.5: p, the standard error and degrees of freedom behind it, the smallest p it can give."""
-
-    p: float
-    se: float
-    dof: float = np.inf
-    floor: float = 0.0
-
-
 @dataclass(frozen=True)
 class Result:
     """Numbers of one attack on one model, or their mean over several trainings.
 
     Attributes:
         auc, auc_low, auc_high: area under the ROC (probability that a member outranks a non-member, ties count half).
-        auc_se, half_width: standard error, widened as the interval is, and half the width of the interval.
-        minimum_detectable: smallest AUC that this row's interval would call above 0.5; 1 where none would.
+        auc_se: its standard error, widened as the interval is.
+        minimum_detectable: smallest AUC that an interval of this row would call above 0.5.
         tpr_at: FPR -> (value, low, high), or None where there are fewer than 10/FPR non-members.
         accuracy, balanced_accuracy, precision, recall, f1: at the threshold given, else None. precision is None when
             no image is flagged as member.
         at_threshold: {"fpr": (value, low, high), "tpr": (value, low, high)} at the threshold given, else None.
         n_members, n_nonmembers: images per training (rounded mean).
-        test: the two-sided test of AUC 0.5.
+        test: two-sided test of AUC 0.5.
         roc: the averaged ROC on a grid.
         per_seed: AUC of each training.
         inputs: the checked scores, one entry per training.
@@ -85,7 +75,7 @@ class Result:
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value of AUC 0.5: of exchangeable sides, not of the interval's scatter between trainings."""
+        """Two-sided p-value: are the sides exchangeable? It knows no scatter between trainings, the interval does."""
         return self.test.p
 
     @property
@@ -120,8 +110,8 @@ def evaluate(
     """Evaluate one score: AUC, TPR at fixed FPRs, and what the threshold does, with two-sided intervals.
 
     Stratified percentile bootstrap over images (whole blocks with ``groups``), the threshold of each FPR picked anew in
-    every resample. Where fewer than five errors or hits are expected a score interval joins it, so an AUC of 1 never
-    gets [1, 1]. ``intervals.estimate_auc`` says how the AUC's interval is widened.
+    every resample; score intervals join it where errors or hits are rare, so an AUC of 1 never gets [1, 1]. The AUC's
+    interval is ``intervals.estimate``.
 
     Args:
         score: (N,) float, higher = more likely a member.
@@ -140,7 +130,7 @@ def evaluate(
         ``Result`` with one entry in ``per_seed``. Raises ValueError for shapes that differ, scores that are not finite,
         a class that is empty (in a fold), a single block, or an option out of range.
     """
-    inputs = bootstrap.check(score, is_member, threshold, groups, folds, fitted)
+    inputs = resampling.check(score, is_member, threshold, groups, folds, fitted)
     return combine([inputs], fprs=fprs, confidence=confidence, n_bootstrap=n_bootstrap, seed=seed)
 
 
@@ -154,11 +144,11 @@ def combine(
 ) -> Result:
     """Average over trainings: mean of the AUCs and ROCs, never a ROC of pooled scores.
 
-    The AUC's interval is ``intervals.estimate_auc``; TPR: bootstrap over trainings, then over images within each.
+    AUC: ``intervals.estimate``; TPR: bootstrap over trainings, then over images within each.
 
     Args:
-        results: one entry per training: a ``Result``, an object with such a ``.metrics``, a mapping of the arguments of
-            ``evaluate``, or a tuple ``(score, is_member[, folds[, groups[, threshold]]])``.
+        results: one entry per training: a ``Result``, an object with such a ``.metrics``, or a tuple
+            ``(score, is_member[, folds[, groups[, threshold]]])``.
         fprs, confidence, n_bootstrap, seed: as in ``evaluate``.
 
     Returns:
@@ -178,44 +168,35 @@ def combine(
     grid = np.unique(np.round(np.geomspace(1, fewest, 100))) / fewest
     rates = np.concatenate([fprs, grid])
 
-    curves = [bootstrap.make_curves(x) for x in inputs]
-    points = [bootstrap.measure(c, np.ones((1, len(x.score)), np.int64), rates) for x, c in zip(inputs, curves)]
-    per_seed, tpr = np.array([p[0][0] for p in points]), np.mean([p[1][0] for p in points], axis=0)
-    drawn_auc, drawn_tpr, drawn_calls = bootstrap.resample(inputs, curves, rates, n_bootstrap, seed)
+    per_seed, tpr = _measure_points(inputs, rates)
+    tpr = tpr.mean(axis=0)
+    drawn_auc, drawn_tpr, drawn_calls = resampling.resample(inputs, rates, n_bootstrap, seed)
 
-    test = _test_half(inputs, per_seed, drawn_auc, seed)
-    auc = intervals.estimate_auc(
-        per_seed,
-        drawn_auc,
-        units=[x.count_units() for x in inputs],
-        widen=[_get_widening(x) for x in inputs],
-        shared=inputs[0].groups is not None,
-        confidence=confidence,
-    )
+    test = resampling.test_half(inputs, per_seed, drawn_auc, widen=max(_widen_folds(x) for x in inputs), seed=seed)
+    units = [x.count_units() for x in inputs]
+    auc = intervals.estimate(per_seed, drawn_auc, **_get_options(inputs, confidence), units=units)
+    low, high, detectable = auc.value - auc.below, auc.value + auc.above, 0.5 + auc.below
     if len(inputs) == 1:  # interval and test never contradict each other
-        auc = auc.agree(test.p, 0.5 + test.se * float(stats.t.isf((1 - confidence) / 2, test.dof)), confidence)
-
-    units = float(np.mean([x.count_units()[0] for x in inputs]))
-    low, high = _pick_quantiles(_draw_seeds(drawn_tpr, inputs, seed), tpr, units, confidence)
-    roc = Roc(grid, *(part[len(fprs) :] for part in (tpr, low, high)))
-
-    def pick(i: int, rate: float) -> Interval | None:
-        if fewest < 10 / rate - 1e-9:
-            return None  # the rate would rest on fewer than ten false positives
-        return Interval(float(tpr[i]), float(low[i]), float(high[i]))
-
+        low, high = (min(low, 0.5), max(high, 0.5)) if test.p > 1 - confidence else (low, high)
+        detectable = max(detectable, 0.5 + test.se * float(stats.t.isf((1 - confidence) / 2, test.dof)))
+    ends = _pick_quantiles(_draw_seeds(drawn_tpr, inputs, seed), tpr, float(np.mean([m for m, _ in units])), confidence)
+    k = len(fprs)
     return Result(
         auc=auc.value,
-        auc_low=auc.low,
-        auc_high=auc.high,
+        auc_low=max(0.0, low),
+        auc_high=min(1.0, high),
         auc_se=auc.se,
-        minimum_detectable=auc.minimum_detectable,
-        tpr_at={rate: pick(i, rate) for i, rate in enumerate(fprs)},
+        minimum_detectable=min(1.0, detectable),
+        # fewer than 10 / rate non-members: the rate would rest on fewer than ten false positives
+        tpr_at={
+            rate: Interval(float(tpr[i]), float(ends[0][i]), float(ends[1][i])) if fewest >= 10 / rate - 1e-9 else None
+            for i, rate in enumerate(fprs)
+        },
         **_judge_threshold(inputs, drawn_calls, confidence=confidence, seed=seed),
         n_members=round(float(np.mean(n_members))),
         n_nonmembers=round(float(np.mean(n_nonmembers))),
         test=test,
-        roc=roc,
+        roc=Roc(grid, tpr[k:], ends[0][k:], ends[1][k:]),
         per_seed=tuple(float(a) for a in per_seed),
         inputs=tuple(inputs),
     )
@@ -229,114 +210,62 @@ def clear_of(
     Args:
         attack, control: a result, or a list of entries as ``combine`` takes them, one per training, with the same
             images in the same order. One control serves all trainings on its split.
+        confidence, n_bootstrap, seed: as in ``evaluate``.
 
     Returns:
         (difference of the AUCs, low, high) in [-1, 1]; the attack stands clear of the control where low > 0. Raises
         ValueError where the images differ.
     """
-    mine, other = (_unpack(x if isinstance(x, (list, tuple)) else [x]) for x in (attack, control))
+    mine, other = (_unpack(x if isinstance(x, list) else [x]) for x in (attack, control))
     other = other * len(mine) if len(other) == 1 else other
-    same = len(mine) == len(other) and all(
-        np.array_equal(a.is_member, b.is_member) and np.array_equal(a.groups, b.groups) for a, b in zip(mine, other)
-    )
-    if not same:
-        raise ValueError("expected attack and control with the same images in the same order, got other sides or blocks")
-    ones = [np.ones((1, len(x.score)), np.int64) for x in mine]
+    pairs = list(zip(mine, other, strict=False))
+    same = [np.array_equal(getattr(a, k), getattr(b, k)) for a, b in pairs for k in ("is_member", "groups")]
+    if len(mine) != len(other) or not all(same):
+        raise ValueError("expected attack and control on the same images in one order, got other sides or blocks")
     found = []
-    for inputs in (mine, other):  # the same streams, hence the same resamples
-        curves = [bootstrap.make_curves(x) for x in inputs]
-        point = np.concatenate([bootstrap.measure(c, one, np.empty(0))[0] for c, one in zip(curves, ones)])
-        found.append((point, bootstrap.resample(inputs, curves, np.empty(0), n_bootstrap, seed)[0]))
-    return intervals.estimate_difference(
-        found[0][0] - found[1][0],
-        found[0][1] - found[1][1],
-        widen=[max(_get_widening(a), _get_widening(b)) for a, b in zip(mine, other)],
-        shared=mine[0].groups is not None,
-        confidence=confidence,
-    )
+    for inputs in (mine, other):  # the streams are those of the sides: both get the same resamples
+        found.append((_measure_points(inputs)[0], resampling.resample(inputs, _NONE, n_bootstrap, seed)[0]))
+    (auc, drawn), (control_auc, control_drawn) = found
+    options = _get_options([a if _widen(a) > _widen(b) else b for a, b in pairs], confidence)
+    value, below, above, _ = intervals.estimate(auc - control_auc, drawn - control_drawn, **options)
+    return Interval(value, max(-1.0, value - below), min(1.0, value + above))
+
+
+def _get_options(inputs: list[Scores], confidence: float) -> dict[str, Any]:
+    shared = inputs[0].groups is not None
+    return {"widen": [_widen(x) for x in inputs], "shared": shared, "confidence": confidence}
+
+
+def _widen_folds(x: Scores) -> float:
+    return intervals.widen_folds(len(x.fold_idx)) if x.fitted else 1.0
+
+
+def _widen(x: Scores) -> float:
+    return _widen_folds(x) * (1.0 if x.groups is None else intervals.widen_blocks(min(x.count_units())))
+
+
+def _measure_points(inputs: list[Scores], rates: np.ndarray = _NONE) -> tuple[np.ndarray, np.ndarray]:
+    """AUCs (S,) and TPRs (S, R) of the scores themselves."""
+    found = [resampling.measure(resampling.make_curves(x), np.ones((1, len(x.score)), np.int64), rates) for x in inputs]
+    return np.array([auc[0] for auc, _ in found]), np.array([tpr[0] for _, tpr in found])
 
 
 def _unpack(entries: Sequence[Any]) -> list[Scores]:
-    if not len(entries):
+    inputs: list[Scores] = []
+    for entry in entries:
+        entry = getattr(entry, "metrics", entry)
+        if isinstance(entry, tuple) and 2 <= len(entry) <= 5:
+            score, is_member, folds, groups, threshold = (*entry, None, None, None)[:5]
+            entry = resampling.check(score, is_member, threshold, groups, folds)
+        if not isinstance(entry, (Result, Scores)):
+            raise ValueError(f"expected a result or (score, is_member, folds, groups), got {type(entry).__name__}")
+        inputs += entry.inputs if isinstance(entry, Result) else [entry]
+    if not inputs:
         raise ValueError("expected at least one result to combine, got an empty list")
-    inputs = [x for entry in entries for x in _unpack_one(entry)]
     n_grouped = sum(x.groups is not None for x in inputs)
     if n_grouped not in (0, len(inputs)):
         raise ValueError(f"expected groups for all results or for none, got them for {n_grouped} of {len(inputs)}")
     return inputs
-
-
-def _unpack_one(entry: Any) -> tuple[Scores, ...]:
-    entry = getattr(entry, "metrics", entry)
-    if isinstance(entry, Result):
-        return entry.inputs
-    if isinstance(entry, Scores):
-        return (entry,)
-    names = ("score", "is_member", "folds", "groups", "threshold")
-    if isinstance(entry, (tuple, list)) and 2 <= len(entry) <= 5:
-        entry = dict(zip(names, entry, strict=False))
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"expected a result, a mapping or (score, is_member, folds, groups), got {type(entry).__name__}")
-    if unknown := set(entry) - {*names, "fitted"}:
-        raise ValueError(f"expected keys {', '.join(names)}, fitted, got also {sorted(unknown)}")
-    return (bootstrap.check(**entry),)
-
-
-# --- the test of AUC 0.5 ---------------------------------------------------------------------------------------------
-
-
-def _test_half(inputs: list[Scores], per_seed: np.ndarray, drawn: np.ndarray, seed: int) -> NullTest:
-    """Test the mean AUC against 0.5, the splits of several trainings taken as independent draws.
-
-    Images: normal with the exact permutation variance of the Mann-Whitney statistic with ties (Lehmann, Nonparametrics,
-    1975), averaged over folds. Blocks: Student's t on the joint block bootstrap, (blocks of the rarer side - 1) degrees
-    of freedom. Few images, blocks or distinct scores: permutation, exact where all assignments can be listed.
-    """
-    distance = float(per_seed.mean()) - 0.5
-    widen = max(_get_widening(x) for x in inputs)
-    fewest = min(min(x.count_units()) for x in inputs)
-    if inputs[0].groups is None:
-        pulls, variances = zip(*(_measure_null(x) for x in inputs), strict=True)
-        se, dof, few = widen * np.sqrt(sum(variances)) / len(inputs), np.inf, max(pulls) > 0.25
-    else:
-        se, dof = widen * float(np.nanstd(drawn.mean(axis=0))), max(fewest - 1, 1)
-        few = fewest < _FEW_BLOCKS and not any(x.is_mixed() for x in inputs)
-    if few:
-        return _permute_half(inputs, distance, widen, seed)
-    if se == 0:
-        return NullTest(1.0, 0.0, dof)
-    # blocks that hold both sides: were each as likely to turn the AUC up as down, p could not be smaller than this
-    floor = 0.0 if inputs[0].groups is None else 2.0 ** (1 - min(len(np.unique(x.groups)) for x in inputs))
-    return NullTest(min(1.0, max(floor, 2 * float(stats.t.sf(abs(distance) / se, dof)))), float(se), dof, floor)
-
-
-def _permute_half(inputs: list[Scores], distance: float, widen: float, seed: int) -> NullTest:
-    """Permutation test: twice the smaller tail of the mean AUC under random assignment of the sides."""
-    sides = [dict(zip(x.groups, x.is_member)) if x.groups is not None else s for s, x in enumerate(inputs)]
-    shared = all(side == sides[0] for side in sides)  # one split of the blocks for all trainings: permuted jointly
-    rngs = [seeds.rng(seed, "metrics.permute", 0 if shared else s) for s in range(len(inputs))]
-    null = np.mean([bootstrap.permute(x, N_PERMUTATIONS, rng, complete=len(inputs) == 1) for x, rng in zip(inputs, rngs)], 0)
-    null = widen * (null - 0.5)
-    tail = min(int((null >= distance - 1e-9).sum()), int((null <= distance + 1e-9).sum()))
-    n = len(null) + 1
-    if len(null) < N_PERMUTATIONS:  # every assignment, the observed one among them
-        tail, n = tail - 1, n - 1
-    return NullTest(min(1.0, 2 * (tail + 1) / n), float(null.std()), np.inf, min(1.0, 2 / n))
-
-
-def _measure_null(x: Scores) -> tuple[float, float]:
-    """What a single image can do to the AUC (squared, over the variance), and the variance, if the sides are random."""
-    pull = variance = 0.0
-    for where in x.fold_idx:
-        n, m = len(where), int(x.is_member[where].sum())
-        away = stats.rankdata(x.score[where]) - (n + 1) / 2
-        variance += float(away @ away) / (n * (n - 1) * m * (n - m))  # of the rank sum, over (m (n - m))^2
-        pull = max(pull, float(np.abs(away).max()) / (m * (n - m)))
-    return pull**2 / variance if variance else 0.0, variance / len(x.fold_idx) ** 2
-
-
-def _get_widening(x: Scores) -> float:
-    return intervals.widen_folds(len(x.fold_idx)) if x.fitted else 1.0
 
 
 # --- TPR and threshold -----------------------------------------------------------------------------------------------
@@ -357,12 +286,15 @@ def _draw_seeds(drawn: np.ndarray, inputs: list[Scores], seed: int) -> np.ndarra
     return drawn[chosen, row].mean(axis=0)
 
 
-def _pick_quantiles(drawn: np.ndarray, value: Any, units: float, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of rates (B, R), joined with Wilson's where few hits or misses are expected; holds value."""
+def _pick_quantiles(drawn: np.ndarray, value: Any, n: float, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval of rates (B, R), joined with Wilson's (1927) where few hits or misses are expected."""
     low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    rare = np.minimum(value, 1 - value) * units < intervals.RARE
-    wilson = intervals.get_wilson(value, units, confidence)
-    low, high = np.where(rare, np.minimum(low, wilson[0]), low), np.where(rare, np.maximum(high, wilson[1]), high)
+    z2 = stats.norm.ppf((1 + confidence) / 2) ** 2
+    center = (value + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (value * (1 - value) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    rare = np.minimum(value, 1 - value) * n < intervals.RARE
+    low = np.where(rare, np.minimum(low, np.maximum(center - half, 0.0)), low)
+    high = np.where(rare, np.maximum(high, np.minimum(center + half, 1.0)), high)
     return np.minimum(low, value), np.maximum(high, value)
 
 
@@ -371,13 +303,13 @@ def _judge_threshold(
 ) -> dict[str, float | dict[str, Interval] | None]:
     """Numbers at the threshold given, averaged over trainings.
 
-    One model, independent images: Clopper-Pearson (the threshold is fixed, so FPR and TPR are plain proportions). Blocks
+    One model, independent images: Clopper-Pearson (the threshold is fixed, so both rates are plain proportions). Blocks
     or several trainings: the bootstrap of the AUC, joined with Wilson where counts are small.
     """
     names = ("accuracy", "balanced_accuracy", "precision", "recall", "f1")
     if any(x.threshold is None for x in inputs):
         return {**dict.fromkeys(names), "at_threshold": None}
-    counts = np.concatenate([bootstrap.count_calls(x, np.ones((1, len(x.score)))) for x in inputs])  # (S, 4)
+    counts = np.concatenate([resampling.count_calls(x, np.ones((1, len(x.score)))) for x in inputs])  # (S, 4)
     tp, fp, m, n = counts.T
     called = tp + fp
     precision = tp / np.where(called > 0, called, np.nan)
@@ -404,21 +336,13 @@ def _judge_threshold(
 class SetTest:
     """Whether a set of images scores higher than reference images; see :func:`test_set`.
 
-    Attributes:
-        p_value: permutation p-value, at least 1 / (1 + n_permutations).
-        auc: chance that an image of mine outranks a reference image (ties count half): the statistic, rescaled.
-        difference: mean score of mine minus mean score of the reference, for reading; not tested.
-        n_mine, n_reference: images.
-        n_permutations: draws asked for; where fewer divisions of the images exist, all of them are counted.
-        alternative: ``"greater"``, ``"less"`` or ``"two-sided"``.
+    ``auc`` is the chance that an image of mine outranks a reference image (ties count half).
     """
 
     p_value: float
     auc: float
-    difference: float
     n_mine: int
     n_reference: int
-    n_permutations: int
     alternative: str
 
     def __str__(self) -> str:
@@ -441,39 +365,25 @@ def test_set(
 
     H0: my images and the reference images are exchangeable, as if one pile had been divided at random. It is rejected
     by membership, but also by *any* other difference between the two sets: first let the no-model control look for
-    one, or use :mod:`mia_utils.audit`, which does. The statistic is the rank sum: unlike a difference of means it does
-    not hang on the score's scale or on one extreme image. p = (1 + permutations at least as extreme) /
-    (1 + permutations): exact for any number of images and with ties (Phipson and Smyth, 2010).
+    one, or use :mod:`mia_utils.audit`, which does. The statistic is the rank sum: no extreme image can decide it.
 
     Args:
         score_mine: (n,) float, higher = more likely a member; not of an attacker fitted to these labels.
         score_reference: (m,) float, of images that were surely not used but are otherwise alike.
-        n_permutations: random divisions.
+        n_permutations: random divisions; where no more exist, each is counted once.
         seed: seed of the private stream.
-        alternative: ``"greater"``: mine score higher.
+        alternative: ``"greater"`` (mine score higher), ``"less"`` or ``"two-sided"``.
 
     Returns:
-        ``SetTest``. Raises ValueError for an empty set, a score that is not finite, an unknown option.
+        ``SetTest`` with p >= 1 / (1 + n_permutations). Raises ValueError for an empty set or scores not finite.
     """
-    mine, reference = (np.asarray(s, dtype=np.float64) for s in (score_mine, score_reference))
-    for name, s in (("score_mine", mine), ("score_reference", reference)):
-        if s.ndim != 1 or not len(s):
-            raise ValueError(f"expected {name} of shape (n,) with at least one image, got {s.shape}")
-        if bad := int((~np.isfinite(s)).sum()):
-            raise ValueError(f"expected finite {name}, got {bad} NaN or infinite of {len(s)}")
+    mine, reference = (np.asarray(s, dtype=np.float64).reshape(-1) for s in (score_mine, score_reference))
     if alternative not in ("greater", "less", "two-sided") or n_permutations < 1:
         given = f"{alternative!r} and {n_permutations}"
         raise ValueError(f"expected alternative 'greater', 'less' or 'two-sided' and n_permutations >= 1, got {given}")
-    rank = stats.rankdata(np.concatenate([mine, reference]))
-    n, m = len(mine), len(reference)
-    test = stats.permutation_test(
-        (rank[:n], rank[n:]),
-        lambda x, y, axis: x.sum(axis=axis),  # halves of integers: sums are exact, ties compare equal
-        n_resamples=n_permutations,
-        alternative=alternative,
-        vectorized=True,
-        batch=max(1, 400_000 // len(rank)),
-        rng=seeds.rng(seed, "metrics.test_set"),
-    )
-    auc = float((rank[:n].sum() - n * (n + 1) / 2) / (n * m))
-    return SetTest(float(test.pvalue), auc, float(mine.mean() - reference.mean()), n, m, n_permutations, alternative)
+    x = resampling.check(np.concatenate([mine, reference]), np.arange(len(mine) + len(reference)) < len(mine))
+    auc = float(_measure_points([x])[0][0])
+    null = resampling.permute(x, n_permutations, seeds.rng(seed, "metrics.test_set"), complete=True)
+    higher, lower = resampling.count_tails(null, auc, n_permutations)
+    p = {"greater": higher, "less": lower, "two-sided": min(1.0, 2 * min(higher, lower))}[alternative]
+    return SetTest(p, auc, len(mine), len(reference), alternative)

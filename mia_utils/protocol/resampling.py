@@ -1,4 +1,4 @@
-"""The weighted ROC of a score, and its resamples: what every interval and p-value of ``metrics`` rests on.
+"""The weighted ROC of a score, its resamples and the test of AUC 0.5: what the numbers of ``metrics`` rest on.
 
 A bootstrap resample gives every image an integer weight, so AUC and ROC of 1,000 resamples are cumulative sums over
 scores that are sorted once. With folds (cross-fitting) each fold's attacker has a ROC of its own and the ROCs are
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -18,6 +18,8 @@ from scipy import stats
 from mia_utils import seeds
 
 _CHUNK = 400_000  # resampled weights held in memory at once
+_FEW_BLOCKS = 10  # of the rarer side: below, the test permutes blocks instead of resampling them
+_N_PERMUTATIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,22 @@ class Scores:
     @property
     def fold_idx(self) -> list[np.ndarray]:
         """Positions of the images of every fold."""
-        if self.folds is None:
-            return [np.arange(len(self.score))]
-        return [np.flatnonzero(self.folds == name) for name in np.unique(self.folds)]
+        folds = np.zeros(len(self.score)) if self.folds is None else self.folds
+        return [np.flatnonzero(folds == name) for name in np.unique(folds)]
 
     def count_units(self) -> tuple[int, int]:
-        """Number of independent units (images, or blocks) of members and of non-members."""
-        if self.groups is None:
-            return int(self.is_member.sum()), int((~self.is_member).sum())
-        return len(np.unique(self.groups[self.is_member])), len(np.unique(self.groups[~self.is_member]))
+        """Count the independent units (images, or blocks) of members and of non-members."""
+        units = np.arange(len(self.score)) if self.groups is None else self.groups
+        return len(np.unique(units[self.is_member])), len(np.unique(units[~self.is_member]))
 
     def is_mixed(self) -> bool:
-        """Whether some block holds members and non-members."""
+        """Tell whether some block holds members and non-members."""
         return self.groups is not None and sum(self.count_units()) > len(np.unique(self.groups))
 
 
-def check(score: Any, is_member: Any, threshold: Any = None, groups: Any = None, folds: Any = None, fitted=True) -> Scores:
+def check(
+    score: Any, is_member: Any, threshold: Any = None, groups: Any = None, folds: Any = None, fitted: bool = True
+) -> Scores:
     """Check the arguments of ``metrics.evaluate``; raises ValueError with what was expected and what came."""
     score, is_member = np.asarray(score, dtype=np.float64), np.asarray(is_member)
     if score.ndim != 1 or is_member.shape != score.shape:
@@ -59,28 +61,24 @@ def check(score: Any, is_member: Any, threshold: Any = None, groups: Any = None,
     if is_member.dtype != bool and not np.isin(is_member, (0, 1)).all():
         raise ValueError("expected is_member as bool or 0/1, got other values")
     is_member = is_member.astype(bool)
-    _check_classes(is_member, "")
+    groups, folds = (None if x is None else np.asarray(x) for x in (groups, folds))
+    for name, x in (("groups", groups), ("folds", folds)):
+        if x is not None and x.shape != score.shape:
+            raise ValueError(f"expected {name} of shape {score.shape}, got {x.shape}")
     if threshold is not None:
         threshold = np.asarray(threshold, dtype=np.float64)
         if threshold.shape not in ((), score.shape) or np.isnan(threshold).any():
             raise ValueError(f"expected threshold as a number or (N,) without NaN, got shape {threshold.shape}")
         threshold = np.broadcast_to(threshold, score.shape)
-    groups, folds = (None if x is None else np.asarray(x) for x in (groups, folds))
-    for name, x in (("groups", groups), ("folds", folds)):
-        if x is not None and x.shape != score.shape:
-            raise ValueError(f"expected {name} of shape {score.shape}, got {x.shape}")
+    x = Scores(score, is_member, threshold, groups, folds, bool(fitted))
+    for where in x.fold_idx or [np.arange(0)]:
+        n, m = len(where), int(is_member[where].sum())
+        if not 0 < m < n:
+            place = "" if folds is None else f" in fold {folds[where[0]]}"
+            raise ValueError(f"expected members and non-members{place}, got {m} members and {n - m} non-members")
     if groups is not None and len(np.unique(groups)) < 2:
         raise ValueError("expected at least 2 blocks in groups, got 1: nothing is left to resample")
-    for name in () if folds is None else np.unique(folds):
-        _check_classes(is_member[folds == name], f" in fold {name}")
-    return Scores(score, is_member, threshold, groups, folds, bool(fitted))
-
-
-def _check_classes(is_member: np.ndarray, where: str) -> None:
-    n_members = int(is_member.sum())
-    if not 0 < n_members < len(is_member):
-        got = f"{n_members} members and {len(is_member) - n_members} non-members"
-        raise ValueError(f"expected members and non-members{where}, got {got}")
+    return x
 
 
 # --- weighted ROC ----------------------------------------------------------------------------------------------------
@@ -188,7 +186,7 @@ def _draw_weights(rng: np.random.Generator, n_draws: int, strata: np.ndarray) ->
 
 
 def resample(
-    inputs: list[Scores], curves: list[list[Curve]], rates: np.ndarray, n_bootstrap: int, seed: int
+    inputs: list[Scores], rates: np.ndarray, n_bootstrap: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Resample images, or blocks by id jointly over the models.
 
@@ -210,10 +208,10 @@ def resample(
         drawn = [_draw_weights(rng, size, strata) for size in sizes]
     found = []
     for s, x in enumerate(inputs):
-        rng, parts = seeds.rng(seed, "metrics.bootstrap", s), []
+        rng, curves, parts = seeds.rng(seed, "metrics.bootstrap", s), make_curves(x), []
         for i, size in enumerate(sizes):
             weights = drawn[i][:, where[s]] if grouped else _draw_weights(rng, size, x.is_member)
-            parts.append((*measure(curves[s], weights, rates), count_calls(x, weights)))
+            parts.append((*measure(curves, weights, rates), count_calls(x, weights)))
         found.append([np.concatenate(p) for p in zip(*parts, strict=True)])
     return tuple(np.stack(p) for p in zip(*found, strict=True))
 
@@ -225,6 +223,65 @@ def count_calls(x: Scores, weights: np.ndarray) -> np.ndarray:
     called = x.score >= x.threshold
     columns = np.stack([called & x.is_member, called & ~x.is_member, x.is_member, ~x.is_member], axis=1)
     return weights.astype(np.float64) @ columns
+
+
+# --- the test of AUC 0.5 ---------------------------------------------------------------------------------------------
+
+
+class NullTest(NamedTuple):
+    """Two-sided test of AUC 0.5: p, the standard error and degrees of freedom behind it, the smallest p it can give."""
+
+    p: float
+    se: float
+    dof: float = np.inf
+    floor: float = 0.0
+
+
+def test_half(inputs: list[Scores], per_seed: np.ndarray, drawn: np.ndarray, *, widen: float, seed: int) -> NullTest:
+    """Test the mean AUC against 0.5, the splits of several trainings taken as independent draws.
+
+    Images: normal with the exact permutation variance of the Mann-Whitney statistic with ties (Lehmann, Nonparametrics,
+    1975), averaged over folds. Blocks: Student's t on the joint block bootstrap, (blocks of the rarer side - 1) degrees
+    of freedom. Few images, blocks or distinct scores: random assignment of the sides, each once where they are few.
+
+    Args:
+        per_seed, drawn: AUCs (S,) and those of the resamples (S, B).
+        widen: factor on the standard error.
+        seed: seed of the private stream.
+    """
+    distance = float(per_seed.mean()) - 0.5
+    fewest = min(min(x.count_units()) for x in inputs)
+    dof, floor = np.inf, 0.0
+    if inputs[0].groups is None:
+        pulls, variances = zip(*(_measure_null(x) for x in inputs), strict=True)
+        se, few = widen * float(np.sqrt(sum(variances))) / len(inputs), max(pulls) > 0.25  # half a standard error
+    else:
+        se = widen * float(np.nanstd(drawn.mean(axis=0)))
+        few = fewest < _FEW_BLOCKS and not any(x.is_mixed() for x in inputs)
+        # blocks that hold both sides: were each as likely to turn the AUC up as down, p could not be smaller than this
+        dof, floor = max(fewest - 1, 1), 2.0 ** (1 - min(len(np.unique(x.groups)) for x in inputs))
+    if not few:
+        p = 2 * float(stats.t.sf(abs(distance) / se, dof)) if se else float(distance == 0)
+        return NullTest(min(1.0, max(p, floor)), se, dof, floor)
+    sides = [s if x.groups is None else dict(zip(x.groups, x.is_member, strict=True)) for s, x in enumerate(inputs)]
+    shared = all(side == sides[0] for side in sides)  # one split of the blocks for all trainings: permuted jointly
+    rngs = [seeds.rng(seed, "metrics.permute", 0 if shared else s) for s in range(len(inputs))]
+    complete = len(inputs) == 1
+    null = [permute(x, _N_PERMUTATIONS, rng, complete=complete) for x, rng in zip(inputs, rngs, strict=True)]
+    null = widen * (np.mean(null, axis=0) - 0.5)
+    p = min(1.0, 2 * min(count_tails(null, distance, _N_PERMUTATIONS)))
+    return NullTest(p, float(null.std()), floor=min(1.0, 2 / (len(null) + (len(null) == _N_PERMUTATIONS))))
+
+
+def _measure_null(x: Scores) -> tuple[float, float]:
+    """What a single image can do to the AUC (squared, over the variance), and the variance, if the sides are random."""
+    pull = variance = 0.0
+    for where in x.fold_idx:
+        n, m = len(where), int(x.is_member[where].sum())
+        away = stats.rankdata(x.score[where]) - (n + 1) / 2
+        variance += float(away @ away) / (n * (n - 1) * m * (n - m))  # of the rank sum, over (m (n - m))^2
+        pull = max(pull, float(np.abs(away).max()) / (m * (n - m)))
+    return pull**2 / variance if variance else 0.0, variance / len(x.fold_idx) ** 2
 
 
 def permute(x: Scores, n_draws: int, rng: np.random.Generator, *, complete: bool) -> np.ndarray:
@@ -248,3 +305,13 @@ def permute(x: Scores, n_draws: int, rng: np.random.Generator, *, complete: bool
         n_members = side @ size
         total = total + (side @ rank - n_members * (n_members + 1) / 2) / (n_members * (len(where) - n_members))
     return total / len(parts)
+
+
+def count_tails(null: np.ndarray, value: float, n_draws: int) -> tuple[float, float]:
+    """Permutation p-values (higher, lower): (1 + as extreme) / (1 + draws), Phipson and Smyth (2010).
+
+    Fewer than ``n_draws`` were all there are, and the observed assignment is among them.
+    """
+    extra = int(len(null) == n_draws)
+    higher, lower = (null >= value - 1e-9).sum(), (null <= value + 1e-9).sum()
+    return float(higher + extra) / (len(null) + extra), float(lower + extra) / (len(null) + extra)
