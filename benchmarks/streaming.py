@@ -1,10 +1,10 @@
-"""What does it cost to leave images in their files? Decoding rate, and peak memory against the set held in memory.
+"""What does it cost to stream a folder? Decoding rate, and peak memory against the set held in memory.
 
     python benchmarks/streaming.py [--images 10000] [--size 128] [--timed 1000] [--repeats 3]
 
 Writes JPEG files of mixed sizes (sides of 150 to 300 pixels) into a temporary folder and streams them at one size.
 - *rates*: bare Pillow in a loop (open, convert, scale, crop) against ``np.asarray(images)`` with one and with two
-  workers, each on as many cores; reading the files for the split (``digests``). By wall and by processor clock.
+  workers, each on as many cores; reading the decoded images back from the memory map. By wall and by processor clock.
 - *memory*: the peak of a process that loads, splits, passes over or trains one epoch on all files, streamed and in
   memory, each process of its own; ``share`` is what it takes beyond its imports, against the size of the decoded set.
 Writes ``benchmarks/results/streaming.csv`` and ``streaming_memory.csv``.
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import common
@@ -63,23 +64,24 @@ def write_files(folder: Path, n: int, *, seed: int) -> int:
 def time_decoding(folder: Path, options: argparse.Namespace, run: dict) -> list[dict]:
     """Time bare Pillow, one and two workers, and the reading of the files."""
     size = (options.size, options.size)
-    files = datasets.load(f"folder:{folder}", size=size, stream=True, n=options.timed).images.files
+    files = [(folder / name,) for name in folders.list_images(folder, {})[: options.timed]]
     cores = sorted(os.sched_getaffinity(0))
 
     def decode_bare() -> None:
         os.sched_setaffinity(0, cores[:1])
-        for file in files:
+        for (file,) in files:
             with Image.open(file) as image:
                 np.asarray(folders.cover(image.convert("RGB"), size))
 
     def decode(workers: int) -> None:
         os.sched_setaffinity(0, cores[:workers])  # as many threads as cores
-        np.asarray(folders.ImageFiles(files, size=size))
+        folders.decode(partial(folders.read_image, size=size), files, title="benchmark")
 
     ways = {"bare Pillow, one thread": decode_bare}
     for workers in range(1, min(options.workers, len(cores)) + 1):
         ways[f"decoding, {workers} worker{'s' if workers > 1 else ''}"] = lambda workers=workers: decode(workers)
-    ways["reading for the split"] = lambda: folders.ImageFiles(files, size=size).digests
+    pool = datasets.load(f"folder:{folder}", folder.parent, size=size, stream=True, n=options.timed)
+    ways["reading the memory map"] = lambda: np.asarray(pool.images)
     rows, call = [], dict(n=len(files), unit="images/s", baseline="bare Pillow, one thread", size=options.size)
     for clock in (
         "wall",
@@ -96,7 +98,7 @@ def probe(name: str, folder: str, size: int, seed: int) -> dict:
     began = time.perf_counter()
     task, _, how = name.partition(": ")
     if task != "imports":
-        pool = datasets.load(f"folder:{folder}", size=size, stream=how == "streamed")
+        pool = datasets.load(f"folder:{folder}", Path(folder).parent, size=size, stream=how == "streamed")
     if task in ("split", "train"):
         split = splits.draw(pool, n_members=len(pool) - 2, n_nonmembers=2, n_shadow_members=0, seed=seed)
     if task == "pass":

@@ -27,6 +27,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch):
     """No test reaches for the network: what is downloaded on first use is looked for on a port where nobody answers."""
-    from mia_utils.datasets import segmentation_sets
+    from mia_utils.datasets import camvid
 
-    monkeypatch.setattr(segmentation_sets, "CAMVID_URL", "http://127.0.0.1:9/camvid.zip")
+    monkeypatch.setattr(camvid, "URL", "http://127.0.0.1:9/camvid.zip")

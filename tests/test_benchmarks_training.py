@@ -11,11 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
-from mia_utils import pretrain, seeds
+from mia_utils import datasets, pretrain, seeds
 from mia_utils.attacks import encodermi, lpla, mim, segmentation
-from mia_utils.datasets import folders
 from mia_utils.models import encoders, segmenters, views
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -109,19 +107,17 @@ IDS = [f"image-{i}" for i in range(10)]
 
 @pytest.fixture
 def streamed(tmp_path, monkeypatch):
-    """Ten pictures in files, the same in memory, and how many were decoded at a time."""
+    """Ten images on disk, the same in memory, and how many were read at a time."""
     images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
-    paths = [tmp_path / f"{name}.png" for name in IDS]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
-    decoded, decode = [], folders.ImageFiles.decode
+    np.save(tmp_path / "images.npy", images)
+    decoded, read = [], datasets.MappedImages.__array__
 
-    def count(self, **settings):
+    def count(self, *args, **settings):
         decoded.append(len(self))
-        return decode(self, **settings)
+        return read(self, *args, **settings)
 
-    monkeypatch.setattr(folders.ImageFiles, "decode", count)
-    return folders.ImageFiles(paths), images, decoded
+    monkeypatch.setattr(datasets.MappedImages, "__array__", count)
+    return datasets.MappedImages([np.load(tmp_path / "images.npy", mmap_mode="r")]), images, decoded
 
 
 def check_chunks(decoded: list[int], most: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mia_utils import datasets
-from mia_utils.datasets import folders, torchvision_sets
+from mia_utils.datasets import cache, sources, torchvision_sets
 
 
 def make_arrays(n: int = 6, *, size: int = 4, n_classes: int = 3, seed: int = 0) -> dict:
@@ -89,19 +89,19 @@ def test_the_hash_changes_with_one_pixel_one_label_or_one_id():
         ({"images": np.full((6, 4, 4, 3), 7.5)}, ["images", "float64", "uint8"]),
         ({"images": np.zeros((6, 4, 4, 3), np.int64)}, ["images", "int64", "uint8"]),
         ({"images": np.zeros((6, 3, 4, 4), np.uint8)}, ["images", "(6, 3, 4, 4)", "(N, H, W, 3)"]),
-        ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, ["images", "at least 1"]),
-        ({"images": np.zeros((5, 4, 4, 3), np.uint8)}, ["lengths differ", "5 images"]),
+        ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, ["images", "(0, 4, 4, 3)", "at least 1"]),
+        ({"images": np.zeros((5, 4, 4, 3), np.uint8)}, ["labels", "(6,)", "N = 5"]),
         ({"labels": np.array([0, 1, 2, 3, 0, 1])}, ["labels", "0 to 3", "0 to 2"]),
         ({"labels": np.array([0, 1, -1, 0, 0, 1])}, ["labels", "-1"]),
-        ({"labels": np.zeros(6, np.float32)}, ["labels", "float32", "integers"]),
-        ({"labels": np.zeros(5, np.int64)}, ["labels", "lengths differ"]),
+        ({"labels": np.zeros(6, np.float32)}, ["labels", "float32", "integer"]),
+        ({"labels": np.zeros(5, np.int64)}, ["labels", "(5,)", "N = 6"]),
         ({"image_ids": np.arange(6)}, ["image_ids", "str"]),
         ({"image_ids": np.array(list("abcdea"))}, ["image_ids", "'a'", "unique"]),
-        ({"official_split": np.array(["train"])}, ["official_split", "lengths differ"]),
-        ({"masks": np.zeros((6, 4, 5), np.uint8)}, ["masks", "(6, 4, 5)", "(6, 4, 4)"]),
+        ({"official_split": np.array(["train"])}, ["official_split", "(1,)", "N = 6"]),
+        ({"masks": np.zeros((6, 4, 5), np.uint8)}, ["masks", "(6, 4, 5)", "N = 6, H = 4, W = 4"]),
         ({"masks": np.full((6, 4, 4), 9, np.uint8)}, ["masks", "9", "255"]),
         ({"part_boxes": np.zeros((6, 2, 4), np.float32)}, ["part_boxes", "part_names"]),
-        ({"part_boxes": np.zeros((6, 3, 4)), "part_names": np.array(["a", "b"])}, ["part_boxes", "(6, 2, 4)"]),
+        ({"part_boxes": np.zeros((6, 3, 4)), "part_names": np.array(["a", "b"])}, ["part_names", "(2,)", "P = 3"]),
         ({"group": np.zeros(6)}, ["group", "unknown array"]),
         ({"class_names": np.array("one")}, ["class_names"]),
     ],
@@ -378,7 +378,7 @@ def test_n_files_of_a_folder_are_drawn_before_decoding(tmp_path):
 
 def test_images_that_do_not_fit_in_memory_are_refused_before_decoding(tmp_path, monkeypatch):
     write_images(tmp_path, ["a.png", "b.png"])
-    monkeypatch.setattr(folders, "_count_memory", lambda: 100.0)
+    monkeypatch.setattr(cache, "count_memory", lambda: 100.0)
     with pytest.raises(ValueError, match="GB of memory"):
         datasets.load(f"folder:{tmp_path}")
 
@@ -417,7 +417,7 @@ def test_a_missing_or_damaged_tiny_imagenet_names_the_layout(tmp_path):
 
 
 def test_a_source_is_one_function_asked_once_and_then_cached(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "SOURCES", dict(datasets.SOURCES))
+    monkeypatch.setattr(sources, "SOURCES", dict(datasets.SOURCES))
     calls = []
 
     def load_flowers(root: Path) -> dict:
@@ -436,7 +436,7 @@ def test_a_source_is_one_function_asked_once_and_then_cached(tmp_path, monkeypat
 
 
 def test_a_source_with_wrong_arrays_writes_no_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "SOURCES", {"bad": lambda root: make_arrays() | {"labels": np.full(6, 9)}})
+    monkeypatch.setitem(sources.SOURCES, "bad", sources.Source(lambda root: make_arrays() | {"labels": np.full(6, 9)}))
     with pytest.raises(ValueError, match="'bad'.*labels"):
         datasets.load("bad", tmp_path)
     assert not list(tmp_path.glob("*.npz"))
@@ -451,7 +451,7 @@ def test_jobs_that_start_together_ask_a_source_once(tmp_path, monkeypatch):
         go.wait(0.2)
         return make_arrays()
 
-    monkeypatch.setattr(datasets, "SOURCES", {"slow": load_slowly})
+    monkeypatch.setitem(sources.SOURCES, "slow", sources.Source(load_slowly))
     found = []
     jobs = [threading.Thread(target=lambda: found.append(datasets.load("slow", tmp_path).hash)) for _ in range(4)]
     for job in jobs:
@@ -562,11 +562,11 @@ def test_the_default_data_folder_is_made_when_something_is_written_there(monkeyp
 
 def test_scenes_from_the_cache_are_the_generated_ones_even_after_the_cache_broke(tmp_path):
     first = datasets.load("scenes-night", tmp_path, n=3)
-    (cache,) = tmp_path.glob("scenes-night-32px-3-seed0-*.npz")
-    datasets._load_scenes.cache_clear()
+    (cached,) = tmp_path.glob("scenes-night-32px-3-seed0-*.npz")
+    sources._load_scenes.cache_clear()
     assert datasets.load("scenes-night", tmp_path, n=3).hash == first.hash
-    cache.write_bytes(cache.read_bytes()[:100])
-    datasets._load_scenes.cache_clear()
+    cached.write_bytes(cached.read_bytes()[:100])
+    sources._load_scenes.cache_clear()
     assert datasets.load("scenes-night", tmp_path, n=3).hash == first.hash
 
 
@@ -574,6 +574,6 @@ def test_scenes_are_generated_where_the_data_folder_can_not_be_written(tmp_path,
     def refuse(*args, **kwargs):
         raise ValueError("can not write")
 
-    monkeypatch.setattr(datasets, "_lock", refuse)
+    monkeypatch.setattr(cache, "lock", refuse)
     assert len(datasets.load("scenes-sketch", tmp_path, n=2)) == 2
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mia_utils import datasets
-from mia_utils.datasets import segmentation_sets as sets
+from mia_utils.datasets import camvid, labels, pairs, scenes, street
 from mia_utils.protocol import splits
 
 RNG = np.random.default_rng(0)
@@ -124,9 +124,9 @@ def test_n_pairs_are_drawn_and_too_many_are_refused(tmp_path):
     assert len(a) == 4 and a.image_ids.tolist() != b.image_ids.tolist()
     with pytest.raises(ValueError, match="at most 12 images.*n=13"):
         datasets.load(f"folder:{tmp_path}", n=13)
-    with pytest.raises(FileNotFoundError, match="without masks"):
+    with pytest.raises(FileNotFoundError, match="without one of them"):
         (tmp_path / "half" / "images").mkdir(parents=True)
-        sets.read_pairs(tmp_path / "half")
+        pairs.read_pairs(tmp_path / "half")
 
 
 def test_two_folders_become_the_pool_of_an_audit(tmp_path):
@@ -183,11 +183,11 @@ def server(tmp_path):
 def test_camvid_is_downloaded_once_and_cached(tmp_path, monkeypatch, server):
     folder, address = server
     masks = make_camvid_archive(folder / "master.zip")
-    monkeypatch.setattr(sets, "CAMVID_URL", f"{address}/master.zip")
+    monkeypatch.setattr(camvid, "URL", f"{address}/master.zip")
     root = tmp_path / "raw"
     root.mkdir()
     pool = datasets.load("camvid", root)
-    assert pool.images.shape == (6, 12, 16, 3) and pool.class_names == tuple(sets.CAMVID)
+    assert pool.images.shape == (6, 12, 16, 3) and pool.class_names == labels.get_label_space("camvid")
     assert sorted(pool.image_ids) == sorted(masks)
     for name, mask in zip(pool.image_ids, pool.masks, strict=True):
         expected = np.where(masks[str(name)] == 11, 255, masks[str(name)])
@@ -203,7 +203,7 @@ def test_a_camvid_that_can_not_be_had_is_one_line_and_leaves_the_folder_alone(tm
     folder, address = server
     root = tmp_path / "raw"
     root.mkdir()
-    monkeypatch.setattr(sets, "CAMVID_URL", f"{address}/nothing.zip")
+    monkeypatch.setattr(camvid, "URL", f"{address}/nothing.zip")
     with pytest.raises(FileNotFoundError) as error:
         datasets.load("camvid", root)
     text = one_line(error)
@@ -213,7 +213,7 @@ def test_a_camvid_that_can_not_be_had_is_one_line_and_leaves_the_folder_alone(tm
 
 @pytest.mark.parametrize("kind", ["text", "cut", "other", "wrong id", "no mask"])
 def test_a_damaged_camvid_archive_is_one_line_that_names_it(tmp_path, kind):
-    archive = tmp_path / sets.CAMVID_ARCHIVE
+    archive = tmp_path / camvid.ARCHIVE
     make_camvid_archive(archive, wrong_id=12 if kind == "wrong id" else None)
     if kind == "text":
         archive.write_text("<html>")
@@ -226,7 +226,7 @@ def test_a_damaged_camvid_archive_is_one_line_that_names_it(tmp_path, kind):
                 file.writestr("x/CamVid/train/a.png", "text")
     with pytest.raises(ValueError) as error:
         datasets.load("camvid", tmp_path)
-    assert sets.CAMVID_ARCHIVE in one_line(error)
+    assert camvid.ARCHIVE in one_line(error)
     if kind == "wrong id":
         assert "id 12" in str(error.value) and "annot/" in str(error.value)
     assert not list(tmp_path.glob("camvid-*.npz"))
@@ -249,7 +249,7 @@ def make_cityscapes(root: Path) -> None:
 def test_cityscapes_in_torchvisions_layout_has_19_classes_and_blocks_within_cities(tmp_path):
     make_cityscapes(tmp_path)
     pool = datasets.load("cityscapes", tmp_path, size=(8, 16))
-    assert len(pool) == 23 and pool.class_names == tuple(sets.CITYSCAPES) and len(pool.class_names) == 19
+    assert len(pool) == 23 and pool.class_names == labels.get_label_space("cityscapes") and len(pool.class_names) == 19
     assert set(np.unique(pool.masks)) == {0, 13, 255}  # road, car, unlabeled
     assert set(pool.groups) == {"aachen/000", "aachen/001", "bochum/000", "bochum/001", "lindau/000"}
     assert (pool.official_split == "val").sum() == 3
@@ -301,10 +301,10 @@ def make_mapillary(root: Path, version: str, config: str) -> None:
 def test_mapillary_is_mapped_to_19_classes_by_the_names_in_its_config(tmp_path, version, config):
     make_mapillary(tmp_path, version, config)
     pool = datasets.load("mapillary", tmp_path, size=(8, 16))
-    assert pool.images.shape == (2, 8, 16, 3) and pool.class_names == tuple(sets.CITYSCAPES)
+    assert pool.images.shape == (2, 8, 16, 3) and pool.class_names == labels.get_label_space("cityscapes")
     assert pool.image_ids.tolist() == ["train/a.jpg", "val/a.jpg"]
-    table = sets.make_mapillary_table(tmp_path / "mapillary" / config)
-    got = [None if table[i] == 255 else sets.CITYSCAPES[table[i]] for i in range(len(MAPILLARY))]
+    table = street.read_mapillary_table(tmp_path / "mapillary" / config)
+    got = [None if table[i] == 255 else labels.get_label_space("cityscapes")[table[i]] for i in range(len(MAPILLARY))]
     assert got == [
         None,
         "road",
@@ -327,7 +327,7 @@ def test_a_mapillary_config_of_something_else_is_one_line(tmp_path):
     (tmp_path / "b.json").write_text("not json")
     for name, message in (("a", "none of its 1 class names is known"), ("b", "expected a list 'labels'")):
         with pytest.raises(ValueError, match=message) as error:
-            sets.make_mapillary_table(tmp_path / f"{name}.json")
+            street.read_mapillary_table(tmp_path / f"{name}.json")
         assert f"{name}.json" in one_line(error)
 
 
@@ -386,31 +386,33 @@ def test_every_mapping_goes_between_the_classes_of_its_spaces():
     spaces = ("cityscapes", "camvid", "scenes")
     for source in spaces:
         for target in spaces:
-            mapping = sets.get_mapping(source, target)
-            assert set(mapping) <= set(sets.get_label_space(source))
-            assert set(mapping.values()) <= set(sets.get_label_space(target))
+            mapping = labels.get_mapping(source, target)
+            assert set(mapping) <= set(labels.get_label_space(source))
+            assert set(mapping.values()) <= set(labels.get_label_space(target))
             if source == target:
-                assert list(mapping) == list(mapping.values()) == list(sets.get_label_space(source))
-    assert len(sets.get_mapping("cityscapes", "camvid")) == 19 and len(sets.get_mapping("camvid", "cityscapes")) == 11
-    assert set(sets.MAPILLARY_TO_CITYSCAPES.values()) == set(sets.CITYSCAPES)  # no class is lost
-    assert "ground" not in sets.get_mapping("scenes", "camvid")
+                assert list(mapping) == list(mapping.values()) == list(labels.get_label_space(source))
+    assert len(labels.get_mapping("cityscapes", "camvid")) == 19 and len(labels.get_mapping("camvid", "cityscapes")) == 11
+    mapillary = labels._read_space("mapillary").values()
+    assert {row["cityscapes"] for row in mapillary} == set(labels.get_label_space("cityscapes"))  # no class is lost
+    assert labels.get_label_space("scenes") == scenes.MASK_CLASS_NAMES
+    assert "ground" not in labels.get_mapping("scenes", "camvid")
     with pytest.raises(ValueError, match="unknown label space 'ade20k'"):
-        sets.get_mapping("camvid", "ade20k")
+        labels.get_mapping("camvid", "ade20k")
 
 
 def test_a_pool_is_mapped_by_name_and_what_has_no_counterpart_is_void(tmp_path):
     scenes = datasets.load("scenes", n=6, seed=0)
     mapped = datasets.load("scenes@camvid", n=6, seed=0)
-    assert mapped.mask_class_names == tuple(sets.CAMVID) and np.array_equal(mapped.images, scenes.images)
+    assert mapped.mask_class_names == labels.get_label_space("camvid") and np.array_equal(mapped.images, scenes.images)
     assert mapped.name == "scenes@camvid" and np.array_equal(mapped.labels, scenes.labels)
     names = list(scenes.mask_class_names)
     for i, name in enumerate(names):
-        to = sets.SCENES_TO_CAMVID.get(name)
-        expected = sets.CAMVID.index(to) if to else 255
+        to = labels.get_mapping("scenes", "camvid").get(name)
+        expected = labels.get_label_space("camvid").index(to) if to else 255
         assert (mapped.masks[scenes.masks == i] == expected).all(), name
     make_cityscapes(tmp_path)
     street = datasets.load("cityscapes@camvid", tmp_path, size=(8, 16))
-    assert street.class_names == tuple(sets.CAMVID) and set(np.unique(street.masks)) == {3, 8, 255}  # road, car
+    assert street.class_names == labels.get_label_space("camvid") and set(np.unique(street.masks)) == {3, 8, 255}  # road, car
     assert street.groups is not None
 
 

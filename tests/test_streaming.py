@@ -1,4 +1,4 @@
-"""Streamed folders: the very pixels, splits and scores of the folder in memory, and nothing decoded before its time."""
+"""Streamed folders: the very pixels, hash, splits and scores of the folder in memory, decoded once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from mia_utils import attacks, datasets
-from mia_utils.datasets import folders
-from mia_utils.datasets.folders import ImageFiles
+from mia_utils.datasets import MappedImages, cache, folders
 from mia_utils.models import encoders
 from mia_utils.protocol import splits
 from mia_utils.runner import profiles, train
@@ -30,51 +29,44 @@ def write_folder(folder: Path, n: int = 120, *, sizes: tuple = ((32, 32),), suff
     return folder
 
 
+@pytest.fixture(autouse=True)
+def raw(tmp_path_factory, monkeypatch) -> Path:
+    """The data folder, where memory maps are kept."""
+    folder = tmp_path_factory.mktemp("raw")
+    monkeypatch.setenv("MIA_DATA_DIR", str(folder))
+    return folder
+
+
 def load_both(folder: Path, **arguments) -> tuple[datasets.Pool, datasets.Pool]:
     name = f"folder:{folder}"
     return datasets.load(name, **arguments), datasets.load(name, **arguments, stream=True)
 
 
-@pytest.fixture
-def nothing_decoded(monkeypatch):
-    """Make decoding an error."""
-
-    def fail(file: str, size: object) -> None:
-        raise AssertionError(f"{file} was decoded")
-
-    monkeypatch.setattr(folders, "_read_image", fail)
-
-
 MIXED = {"sizes": ((20, 30), (33, 21), (16, 16)), "suffixes": (".png", ".jpg", ".gif", ".bmp")}
 
 
-@pytest.mark.parametrize(("written", "size"), [({}, None), (MIXED, 16), (MIXED, (24, 12))])
-def test_streamed_pixels_labels_and_ids_are_those_of_the_folder_in_memory(tmp_path, written, size):
-    held, streamed = load_both(write_folder(tmp_path, 40, **written), size=size)
-    assert isinstance(streamed.images, ImageFiles) and isinstance(held.images, np.ndarray)
-    assert np.array_equal(np.asarray(streamed.images), held.images)
+@pytest.mark.parametrize(
+    ("written", "options"),
+    [({}, {}), (MIXED, {"size": 16}), (MIXED, {"size": (24, 12)}), ({}, {"n": 7, "seed": 3})],
+)
+def test_a_streamed_pool_is_the_folder_in_memory(tmp_path, written, options):
+    held, streamed = load_both(write_folder(tmp_path, 40, **written), **options)
+    assert isinstance(streamed.images, MappedImages) and isinstance(held.images, np.ndarray)
+    assert np.array_equal(np.asarray(streamed.images), held.images) and streamed.hash == held.hash
     assert streamed.images.shape == held.images.shape and streamed.images.dtype == held.images.dtype
-    assert streamed.images.nbytes == held.images.nbytes and streamed.images.ndim == 4
-    for key in ("labels", "image_ids"):
-        assert np.array_equal(getattr(streamed, key), getattr(held, key))
-    assert streamed.class_names == held.class_names and len(streamed) == 40
     assert repr(streamed).endswith(" 2 classes, streamed)") and repr(held).endswith(" 2 classes)")
 
 
-def test_n_draws_the_same_files_streamed_and_in_memory(tmp_path):
-    held, streamed = load_both(write_folder(tmp_path, 30), n=7, seed=3)
-    assert np.array_equal(np.asarray(streamed.images), held.images)
-
-
-def test_pairs_of_images_and_masks_stream_their_images(tmp_path):
+def test_pairs_of_images_and_masks_stream(tmp_path, raw):
     write_folder(tmp_path / "images", 6)
+    rng = np.random.default_rng(0)
     for file in (tmp_path / "images").rglob("*.png"):
         target = tmp_path / "masks" / file.relative_to(tmp_path / "images")
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((32, 32), 1, np.uint8)).save(target)
-    held, streamed = load_both(tmp_path)
-    assert isinstance(streamed.images, ImageFiles) and isinstance(streamed.masks, np.ndarray)
-    assert np.array_equal(np.asarray(streamed.images), held.images) and np.array_equal(streamed.masks, held.masks)
+        Image.fromarray(rng.choice(np.array([0, 1, 255], np.uint8), (32, 32))).save(target)
+    held, streamed = load_both(tmp_path, size=(16, 24))
+    assert isinstance(streamed.images, MappedImages) and held.hash == streamed.hash and len(list(raw.glob("*.npy"))) == 1
+    assert np.array_equal(streamed.masks, held.masks) and 255 in held.masks
 
 
 @pytest.mark.parametrize(
@@ -93,7 +85,7 @@ def test_pairs_of_images_and_masks_stream_their_images(tmp_path):
 def test_rows_are_chosen_as_in_an_array(tmp_path, rows):
     held, streamed = load_both(write_folder(tmp_path, 10))
     part = streamed.images[rows]
-    assert isinstance(part, ImageFiles) and len(part) == len(held.images[rows])
+    assert isinstance(part, MappedImages) and len(part) == len(held.images[rows])
     assert part.shape == held.images[rows].shape
     assert np.array_equal(np.asarray(part), held.images[rows])
     again = part[::2]  # rows of rows
@@ -126,104 +118,89 @@ def test_numpy_sees_an_array(tmp_path):
     assert torch.equal(datasets.to_float(streamed.images[[2, 1]]), datasets.to_float(held.images[[2, 1]]))
 
 
-def test_loading_splitting_and_choosing_decode_nothing(tmp_path, nothing_decoded):
-    pool = datasets.load(f"folder:{write_folder(tmp_path, **MIXED)}", size=16, stream=True)
-    split = splits.draw(pool, n_members=10, n_nonmembers=20, seed=0)
-    part = pool.take(split.target_members)
-    assert len(part) == 10 and pool.hash != part.hash and repr(part)
-    assert len(part.images[:4]) == 4
-    with pytest.raises(AssertionError, match="was decoded"):
-        np.asarray(part.images[:1])
+def test_files_are_decoded_once_and_again_when_one_changed(tmp_path, raw, monkeypatch):
+    folder, decoded, read = write_folder(tmp_path, 12, suffixes=(".bmp",)), [], folders.open_rgb
+    monkeypatch.setattr(folders, "open_rgb", lambda file: decoded.append(file) or read(file))
+    first = datasets.load(f"folder:{folder}", stream=True)
+    assert datasets.load(f"folder:{folder}", stream=True).hash == first.hash and len(decoded) == 12
+    assert datasets.load(f"folder:{folder}", stream=True, size=16).images.shape == (12, 16, 16, 3)
+    file = folder / "cat" / "0004.bmp"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 128  # a bitmap keeps its size whatever is drawn in it
+    file.write_bytes(content)
+    decoded.clear()
+    assert datasets.load(f"folder:{folder}", stream=True).hash != first.hash and len(decoded) == 12
+    assert len(list(raw.glob("streamed-*.npy"))) == 2  # the new one and that of the other size
 
 
-def test_a_streamed_pool_is_split_as_in_memory_and_repeated_files_are_dropped(tmp_path):
+@pytest.mark.parametrize("place", ["header", "pixels", "digest", "cut", "empty"])
+def test_a_damaged_memory_map_is_made_again(tmp_path, raw, place):
+    first = datasets.load(f"folder:{write_folder(tmp_path, 8)}", stream=True).hash
+    (file,) = raw.glob("streamed-*.npy")
+    content = bytearray(file.read_bytes())
+    if place in ("header", "pixels", "digest"):
+        content[{"header": 60, "pixels": 5000, "digest": -1}[place]] ^= 1
+    file.write_bytes(content[: {"cut": 9000, "empty": 0}.get(place, len(content))])
+    assert datasets.load(f"folder:{tmp_path}", stream=True).hash == first
+    assert [path.suffix for path in raw.iterdir() if not path.name.startswith(".")] == [".npy"]
+
+
+def test_a_data_folder_that_can_not_be_written_is_one_line(tmp_path, raw, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_write_rows", fail)
+    with pytest.raises(ValueError, match="can not write .*No space left"):
+        datasets.load(f"folder:{write_folder(tmp_path, 4)}", stream=True)
+    assert not list(raw.glob("*.npy"))
+
+
+def test_a_streamed_pool_is_split_as_in_memory_and_repeated_images_are_dropped(tmp_path):
     write_folder(tmp_path, 80)
     for i in range(5):
         shutil.copy(tmp_path / "dog" / f"{3 * i:04d}.png", tmp_path / "cat" / f"again{i}.png")
     held, streamed = load_both(tmp_path)
     a, b = (splits.draw(pool, n_members=20, n_nonmembers=30, seed=4) for pool in (held, streamed))
-    for role in (*splits.ROLES, "utility", "strata"):
-        assert np.array_equal(getattr(a, role), getattr(b, role)), role
-    used = np.concatenate([getattr(b, role) for role in (*splits.ROLES, "utility")])
-    assert len(used) == 80
-    b.check_pool(streamed)
-    with pytest.raises(ValueError, match="draw the split again"):  # hashed by files, not by pixels: see Pool.hash
-        b.check_pool(held)
+    assert a.hash == b.hash and isinstance(streamed.take(b.target_members).images, MappedImages)
+    assert len(np.concatenate([getattr(b, role) for role in (*splits.ROLES, "utility")])) == 80
+    b.check_pool(held)
 
 
-def test_the_hash_is_of_the_files_bytes_and_the_size_wherever_they_lie(tmp_path):
-    def load(folder: str, **arguments) -> datasets.Pool:
-        return datasets.load(f"folder:{tmp_path / folder}", stream=True, **{"size": 16, **arguments})
-
-    write_folder(tmp_path / "here" / "set", 12, suffixes=(".bmp",))
-    shutil.copytree(tmp_path / "here" / "set", tmp_path / "there" / "set")
-    pool = load("here/set")
-    assert pool.hash == load("there/set").hash
-    assert pool.hash != load("here/set", size=15).hash
-    assert pool.hash != pool.take(np.arange(12)[::-1]).hash
-    file = tmp_path / "there" / "set" / "cat" / "0004.bmp"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1  # a bitmap keeps its size whatever is drawn in it
-    file.write_bytes(content)
-    assert pool.hash != load("there/set").hash
-    few = pool.take(np.array([3, 1]))  # known digests go with their images
-    fresh = ImageFiles(few.images.files, size=(16, 16))
-    assert np.array_equal(few.images.digests, fresh.digests)
-
-
-def test_a_damaged_file_in_the_middle_is_one_line_that_names_it_when_it_is_reached(tmp_path):
-    write_folder(tmp_path, 30)
-    bad = tmp_path / "cat" / "0013.png"
-    bad.write_bytes(bad.read_bytes()[:60])
-    pool = datasets.load(f"folder:{tmp_path}", size=32, stream=True)
-    place = int(np.flatnonzero(pool.image_ids == "cat/0013.png")[0])
-    assert np.asarray(pool.images[:place]).shape == (place, 32, 32, 3)
-    for ask in (lambda: np.asarray(pool.images), lambda: pool.images[place], lambda: list(pool.images)):
-        with pytest.raises(ValueError) as error:
-            ask()
-        assert str(error.value).startswith(f"{bad}: can not be read as an image (")
-        assert str(error.value).endswith("repair or remove it") and "\n" not in str(error.value)
-    bad.unlink()
-    with pytest.raises(ValueError, match="0013.png: no such file: the folder is incomplete"):
-        datasets.load(f"folder:{tmp_path}", size=32, stream=True) and pool.hash
-
-
-def test_a_file_that_changed_its_size_since_it_was_listed_is_named(tmp_path):
-    pool = datasets.load(f"folder:{write_folder(tmp_path, 4)}", stream=True)
-    Image.new("RGB", (31, 32)).save(tmp_path / "cat" / "0002.png")
-    with pytest.raises(ValueError, match=r"0002.png: expected 32 x 32 pixels .*, got 32 x 31: load it again"):
-        np.asarray(pool.images)
-
-
-def test_mixed_sizes_without_size_name_two_files_when_streamed_too(tmp_path, nothing_decoded):
-    with pytest.raises(ValueError, match="images of mixed sizes: .*pass size="):
-        datasets.load(f"folder:{write_folder(tmp_path, 6, **MIXED)}", stream=True)
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:60]), None])
+def test_a_damaged_file_and_mixed_sizes_are_one_line_streamed_too(tmp_path, raw, damage):
+    write_folder(tmp_path, 30, **({} if damage else MIXED))
+    if damage:
+        damage(tmp_path / "cat" / "0013.png")
+    for stream in (False, True):
+        with pytest.raises(ValueError, match="0013.png: can not be read" if damage else "mixed sizes.*pass size="):
+            datasets.load(f"folder:{tmp_path}", stream=stream)
+    assert not list(raw.glob("*.npy"))
 
 
 def test_a_folder_larger_than_the_memory_asks_for_stream_and_works_with_it(tmp_path, monkeypatch):
     name = f"folder:{write_folder(tmp_path, 20)}"
-    monkeypatch.setattr(folders, "_count_memory", lambda: 10 * 32 * 32 * 3 / 0.6)  # ten images fit
+    monkeypatch.setattr(cache, "count_memory", lambda: 10 * 32 * 32 * 3 / 0.6)  # ten images fit
     with pytest.raises(ValueError, match="20 images of 32 x 32 need .* pass a smaller size= or n=, or stream=True"):
         datasets.load(name)
     pool = datasets.load(name, stream=True)
     assert np.asarray(pool.images[:10]).shape == (10, 32, 32, 3)
-    with pytest.raises(ValueError, match="decode a part at a time"):
+    with pytest.raises(ValueError, match="read a part at a time"):
         np.asarray(pool.images)
 
 
 def test_only_folders_are_streamed(tmp_path):
-    with pytest.raises(ValueError, match=r"stream=True reads image folders \(folder:PATH\), got 'scenes'"):
+    with pytest.raises(ValueError, match=r"stream=True is for image folders \(folder:PATH\), got 'scenes'"):
         datasets.load("scenes", stream=True)
 
 
 def test_threads_run_ahead_by_a_bounded_number_of_files(monkeypatch):
-    asked = []
+    asked, items = [], [(i,) for i in range(100)]
     monkeypatch.setattr(folders, "QUEUED", 4)
-    rows = folders._map_files(asked.append, [str(i) for i in range(100)], title="")
+    rows = folders.map_files(asked.append, items, title="")
     next(rows)
     rows.close()
     assert 1 <= len(asked) <= 4
-    assert list(folders._map_files(int, [str(i) for i in range(100)], title="")) == list(range(100))
+    assert list(folders.map_files(int, items, title="")) == list(range(100))
 
 
 def test_joined_pools_stay_streamed_and_hold_the_same_pixels(tmp_path):
@@ -233,7 +210,7 @@ def test_joined_pools_stay_streamed_and_hold_the_same_pixels(tmp_path):
     cuts = [splits.draw(pools[name][0], n_members=5, n_nonmembers=6, seed=0) for name in pools]
     held, _ = splits.join(pools["one"][0], cuts[0], pools["two"][0], cuts[1])
     streamed, _ = splits.join(pools["one"][1], cuts[0], pools["two"][1], cuts[1])
-    assert isinstance(streamed.images, ImageFiles)
+    assert isinstance(streamed.images, MappedImages)
     assert np.array_equal(np.asarray(streamed.images), held.images)
     mixed, _ = splits.join(pools["one"][1], cuts[0], pools["two"][0], cuts[1])
     assert isinstance(mixed.images, np.ndarray) and np.array_equal(mixed.images, held.images)
@@ -269,6 +246,6 @@ def test_a_profile_row_trains_on_a_streamed_folder_as_on_one_in_memory(tmp_path,
         profile = profiles.parse(PROFILE.format(name=name, stream=stream), source="p")
         run = train.load_run(train.train_row(profile, profile.row("a"), progress=False))
         states.append(run.states[2])
-    assert isinstance(train.load_pool(profile, name).images, ImageFiles)
+    assert isinstance(train.load_pool(profile, name).images, MappedImages)
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

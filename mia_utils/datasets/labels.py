@@ -1,0 +1,89 @@
+"""Label spaces of segmentation sets, and the mapping between them: one table, ``label_spaces.csv``.
+
+Cityscapes' 19 classes, CamVid's 11 (groups of finer ones, whose definition tells where each of the 19 belongs; the
+other way a group maps to its most frequent class only) and the scenes' 11, of which four have a counterpart in a
+street ("ground" may be floor, grass or road: it maps to none of them). What is left empty has no honest counterpart
+and becomes void.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from mia_utils.datasets.pool import VOID, Pool
+
+SPACES = ("cityscapes", "camvid", "scenes")
+
+
+@lru_cache(maxsize=8)
+def _read_space(name: str) -> dict[str, dict[str, str]]:
+    """Class -> its name in every space."""
+    with open(Path(__file__).with_name("label_spaces.csv"), encoding="utf-8", newline="") as file:
+        return {row["class"]: row for row in csv.DictReader(file) if row["space"] == name}
+
+
+def get_label_space(name: str) -> tuple[str, ...]:
+    """Return the class names of a label space: ``"cityscapes"`` (19), ``"camvid"`` (11) or ``"scenes"`` (11)."""
+    if name not in SPACES:
+        raise ValueError(f"unknown label space {name!r}: expected {', '.join(SPACES[:-1])} or {SPACES[-1]}")
+    return tuple(_read_space(name))
+
+
+def get_mapping(source: str, target: str) -> dict[str, str]:
+    """Return class name -> class name between two label spaces; what has no honest counterpart is left out (void)."""
+    get_label_space(source), get_label_space(target)  # unknown names raise
+    return {name: row[target] for name, row in _read_space(source).items() if row[target]}
+
+
+def make_mapillary_table(names: Sequence[str]) -> np.ndarray:
+    """Map Mapillary Vistas' class names (versions 1.2 and 2.0) to Cityscapes' 19: the longest known prefix decides.
+
+    After Cityscapes' definitions: parking, rail tracks, bridges, tunnels, guard rails, backs of signs, caravans and
+    trailers are classes of their own there that are left out of the 19.
+
+    Returns:
+        (256,) uint8 position in ``names`` -> class, 255 for what has no counterpart.
+    """
+    known, classes, table = _read_space("mapillary"), get_label_space("cityscapes"), np.full(256, VOID, np.uint8)
+    for i, name in enumerate(names[:256]):
+        parts = name.split("--")
+        prefixes = ["--".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        if found := [known[prefix] for prefix in prefixes if prefix in known]:
+            table[i] = classes.index(found[0]["cityscapes"])
+    return table
+
+
+def map_labels(pool: Pool, space: str) -> Pool:
+    """Rename the label maps of a pool into another label space: the independent setting's shadow data.
+
+    Args:
+        pool: with masks in one of the known label spaces (``cityscapes`` for bdd100k and mapillary too).
+        space: ``"cityscapes"``, ``"camvid"`` or ``"scenes"``.
+
+    Returns:
+        Pool with the masks and ``mask_class_names`` of ``space``; classes without counterpart are void.
+    """
+    target = get_label_space(space)
+    if pool.masks is None:
+        raise ValueError(f"data set {pool.name!r} has no label maps: nothing to map to {space!r}")
+    names = tuple(pool.mask_class_names or pool.class_names)
+    sources = [known for known in SPACES if get_label_space(known) == names]
+    if not sources:
+        raise ValueError(
+            f"data set {pool.name!r} has classes of no known label space ({', '.join(names[:4])} ...): expected those "
+            f"of {', '.join(SPACES)}"
+        )
+    mapping, table = get_mapping(sources[0], space), np.full(256, VOID, np.uint8)
+    for i, name in enumerate(names):
+        if name in mapping:
+            table[i] = target.index(mapping[name])
+    changed = {"masks": table[pool.masks], "name": f"{pool.name.partition('@')[0]}@{space}"}
+    if pool.mask_class_names is None:  # the classes of the masks are the pool's only ones; no image has a label then
+        return replace(pool, **changed, class_names=target, labels=np.zeros(len(pool), np.int64))
+    return replace(pool, **changed, mask_class_names=target)
