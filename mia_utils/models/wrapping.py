@@ -1,0 +1,164 @@
+"""What ``encoders.wrap`` needs: modules behind a callable, eval mode around a call, outputs of common libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def find_modules(*functions: Callable | None) -> list[nn.Module]:
+    """Modules that a callable uses: itself, the owner of a bound method, what a function refers to."""
+    found: dict[int, nn.Module] = {}
+    for function in functions:
+        while isinstance(function, functools.partial):
+            function = function.func
+        owner = getattr(function, "__self__", None)
+        values = [function, owner, *getattr(owner, "__dict__", {}).values()]
+        plain = getattr(function, "__func__", function)
+        if inspect.isfunction(plain):
+            seen = inspect.getclosurevars(plain)
+            values += [*seen.nonlocals.values(), *seen.globals.values()]
+        elif not isinstance(function, nn.Module):
+            values += getattr(function, "__dict__", {}).values()
+        found |= {id(value): value for value in values if isinstance(value, nn.Module)}
+    inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
+    return [module for key, module in found.items() if key not in inner]
+
+
+@contextlib.contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode inside, every part's own mode after it."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
+def exchanged(modules: Sequence[nn.Module], others: Sequence[nn.Module]) -> Iterator[None]:
+    """The others' weights and buffers inside, the modules' own after it."""
+    pairs = []
+    for module, other in zip(modules, others, strict=True):
+        for values in ("parameters", "buffers"):
+            pairs += zip(getattr(module, values)(), getattr(other, values)(), strict=True)
+    kept = [ours.data for ours, _ in pairs]
+    try:
+        for ours, theirs in pairs:
+            ours.data = theirs.data.to(ours.device, ours.dtype)
+        yield
+    finally:
+        for (ours, _), data in zip(pairs, kept, strict=True):
+            ours.data = data
+
+
+def reinitialize(module: nn.Module, *, seed: int = 0) -> nn.Module:
+    """Copy a module and give the copy fresh weights, from a private random stream.
+
+    Layers reset themselves; tensors that no layer resets (class token, positions) are drawn from N(0, .02), scales
+    become 1 and shifts 0.
+    """
+    fresh = copy.deepcopy(module)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for part in fresh.modules():
+            reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+            if callable(reset):
+                reset()
+                continue
+            for name, value in part.named_parameters(recurse=False):
+                if value.ndim > 1:
+                    value.copy_(torch.randn(value.shape) * 0.02)
+                else:
+                    value.fill_(0.0 if "bias" in name else 1.0)
+    return fresh
+
+
+def check_outputs(function: Callable, modules: Sequence[nn.Module], shape: tuple[int, int], name: str) -> Any:
+    """Refuse outputs that are random, or of an image among others: neither says anything about the image.
+
+    Returns the function's answer for two images.
+    """
+    weights = next((p for m in modules for p in m.parameters() if p.is_floating_point()), torch.zeros(0))
+    x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0)).to(weights.device, weights.dtype)
+    with torch.inference_mode(), evaluating(modules), torch.random.fork_rng():
+        answers = [function(x[:rows]) for rows in (2, 2, 1)]
+    first, again, alone = (_unpack_tensor(answer, (*_VECTORS, *_TOKENS)) for answer in answers)
+    scale = float(first.float().abs().max()) or 1.0
+    if first.shape != again.shape or not _agree(first, again, scale):
+        raise ValueError(
+            f"{name}: two calls on the same images differ: random masking (encode without a mask; encoders.open reads "
+            "ViTMAE folders) or dropout (put the module into eval mode)"
+        )
+    if first[:1].shape != alone.shape or not _agree(first[:1], alone, scale):
+        raise ValueError(
+            f"{name}: the output for an image depends on the others of its batch: expected one row for each image; "
+            "batch norm in training mode? Put the module into eval mode"
+        )
+    return answers[0]
+
+
+def _agree(a: Tensor, b: Tensor, scale: float) -> bool:
+    return bool(((a - b).float().abs() <= 0.02 * scale).all())  # half precision and other kernels stay far below
+
+
+_VECTORS = ("pooler_output", "image_embeds", "embeddings", "embedding", "features", "x_norm_clstoken")
+_TOKENS = ("last_hidden_state", "x_norm_patchtokens", "feature_maps", "features", "out")
+
+
+def _unpack_tensor(answer: Any, keys: Sequence[str]) -> Tensor:
+    """Find the tensor in what common libraries return: a tensor, (tensor, ...), a dict, an output of transformers."""
+    if isinstance(answer, Tensor):
+        return answer
+    for key in keys:
+        value = answer.get(key) if isinstance(answer, Mapping) else getattr(answer, key, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(answer, (tuple, list)) and answer and isinstance(answer[0], Tensor):
+        return answer[0]
+    there = f" with {', '.join(map(str, list(answer)[:6]))}" if isinstance(answer, Mapping) else ""
+    raise ValueError(
+        f"expected a tensor, or an output with {', '.join(keys[:2])}, got {type(answer).__name__}{there}: pass a "
+        "function that returns the tensor, as in encoders.wrap(lambda x: model(x)['features'], size=...)"
+    )
+
+
+def unpack_vector(answer: Any) -> Tensor:
+    """Vectors (N, D): of tokens without a pooled vector the first, of a map its mean."""
+    out = _unpack_tensor(answer, (*_VECTORS, "last_hidden_state"))
+    if out.ndim == 4:
+        return out.mean((2, 3))
+    if out.ndim == 3 and getattr(answer, "last_hidden_state", None) is not None:
+        return out[:, 0]
+    if out.ndim != 2:
+        raise ValueError(f"expected vectors (N, D), got {tuple(out.shape)}: pass tokens (N, L, D) as tokens=")
+    return out
+
+
+def unpack_tokens(answer: Any, x: Tensor, patch: int | Sequence[int] | None) -> Tensor:
+    """Patch tokens (N, L, D); what stands before them in outputs of transformers (class, registers) is dropped."""
+    out = _unpack_tensor(answer, _TOKENS)
+    if out.ndim == 4:
+        return out.flatten(2).transpose(1, 2)
+    if out.ndim != 3:
+        raise ValueError(f"expected tokens (N, L, D) or a map (N, D, h, w), got {tuple(out.shape)}")
+    if getattr(answer, "last_hidden_state", None) is None:
+        return out
+    length = out.shape[1]
+    if patch is not None:
+        sides = (patch, patch) if isinstance(patch, int) else patch
+        n_before = length - (x.shape[2] // sides[0]) * (x.shape[3] // sides[1])
+    else:
+        n_before = int(math.isqrt(length) ** 2 != length and math.isqrt(length - 1) ** 2 == length - 1)
+    return out[:, max(n_before, 0) :]
