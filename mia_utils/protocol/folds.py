@@ -1,0 +1,128 @@
+"""Which images train an attacker, choose its epoch and evaluate it: five cross-fitting folds, or shadow and target.
+
+scikit-learn's stratified folds balance the classes on average and, with groups, only greedily; here the counts of every
+(label, membership) differ by at most one image, because what the class alone tells would enter the AUC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mia_utils.protocol.stratify import gather
+
+N_FOLDS = 5
+SETS = ("attack-training", "attack-validation", "evaluation")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Roles:
+    """What an attacker with some knowledge does with each image of a split.
+
+    Attributes:
+        knowledge: ``partial`` or ``shadow...``.
+        index: (n,) int64 positions in the pool.
+        is_member: (n,) bool, of the model named by ``source``.
+        source: (n,) str, ``target`` or ``shadow``.
+        fold: (n,) int64, the entry of ``folds`` that evaluates an image; -1: none, an image of the shadow.
+        folds: (attack-training, attack-validation, evaluation), each int64 positions into ``index``: five such triples
+            for partial knowledge, one for shadow. A triple is disjoint; each target image is evaluated exactly once.
+        strata: (n,) int64 label (for pools with groups: drive) by which the folds are stratified.
+        groups: (n,) str group of each image, or None.
+    """
+
+    knowledge: str
+    index: np.ndarray
+    is_member: np.ndarray
+    source: np.ndarray
+    fold: np.ndarray
+    folds: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    strata: np.ndarray
+    groups: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def check(self, *, by_block: bool) -> None:
+        """Assert that the sets of a fold share no image and, by block, no group; refuse one without both classes."""
+        n_times = np.zeros(len(self), dtype=int)
+        for f, sets in enumerate(self.folds):
+            for name, here in zip(SETS, sets, strict=True):
+                n_members = int(self.is_member[here].sum())
+                if n_members in (0, len(here)):
+                    raise ValueError(
+                        f"expected members and non-members in every set, the {name} set of fold {f} has {n_members} "
+                        f"members and {len(here) - n_members} non-members: draw more images (or more groups)"
+                    )
+            together = np.concatenate(sets)
+            assert len(np.unique(together)) == len(together), "the sets of a fold share an image"
+            if self.groups is not None and by_block and self.knowledge == "partial":
+                a, b, c = (set(self.groups[here].tolist()) for here in sets)
+                assert not (a & b or a & c or b & c), "the sets of a fold share a group"
+            n_times[sets[2]] += 1
+        assert np.array_equal(n_times, self.source == "target"), "a target image is not evaluated exactly once"
+
+
+def assign_folds(cells: np.ndarray, units: np.ndarray | None, n_folds: int, rng: np.random.Generator) -> np.ndarray:
+    """Assign images to folds at random so that counts per cell, and totals, differ by at most one unit.
+
+    Args:
+        cells: (n, k) int; equal rows form one cell, such as (label, membership).
+        units: (n,) str, images of one unit share a fold; None: every image is a unit.
+
+    Returns:
+        (n,) int64 fold.
+    """
+    fold = np.empty(len(cells), dtype=np.int64)
+    values, cell = np.unique(cells, axis=0, return_inverse=True)
+    totals: dict[tuple[int, ...], np.ndarray] = {}  # of members and of non-members: their ratio is even too
+    for c in rng.permutation(len(values)):
+        here = np.flatnonzero(cell == c)
+        total = totals.setdefault(tuple(cells[here[0], 1:].tolist()), np.zeros(n_folds))
+        parts = list(here[:, None]) if units is None else [here[part] for part in gather(units[here]).values()]
+        parts = [parts[i] for i in rng.permutation(len(parts))]
+        luck = rng.permutation(n_folds)  # breaks ties between folds
+        if units is None:  # what the loop below does with units of one image: rounds in the order of the totals
+            fold[np.concatenate(parts)] = np.lexsort((luck, total))[np.arange(len(parts)) % n_folds]
+            total += np.bincount(fold[here], minlength=n_folds)
+            continue
+        count = np.zeros(n_folds)
+        for part in sorted(parts, key=len, reverse=True):  # short blocks last: they even out
+            f = np.lexsort((luck, total, count))[0]  # fewest of this cell, then fewest in all
+            fold[part] = f
+            count[f] += len(part)
+            total[f] += len(part)
+    return fold
+
+
+def balance(
+    known: np.ndarray, strata: np.ndarray, is_member: np.ndarray, target: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Leave out known images until every stratum has the target's ratio of members to non-members.
+
+    Strata with fewer members or non-members than folds are too small to have a ratio and count as one.
+
+    Args:
+        known: (k,) positions that the attacker knows in a fold.
+        strata, is_member: (n,) of all images of the split.
+        target: positions of the target images.
+
+    Returns:
+        (at most k,) int64 positions, ascending.
+    """
+    n_members = int(is_member[target].sum())
+    n_rare, n_common = sorted((n_members, len(target) - n_members))
+    is_rare = is_member if n_members == n_rare else ~is_member
+    ratio = n_rare / n_common
+    values, stratum = np.unique(strata, return_inverse=True)
+    sizes = [np.bincount(stratum[target][is_rare[target] == r], minlength=len(values)) for r in (True, False)]
+    merged = np.where(np.min(sizes, axis=0) < N_FOLDS, -1, np.arange(len(values)))[stratum]
+    kept = []
+    for value in np.unique(merged[known]):
+        here = known[merged[known] == value]
+        rare, common = rng.permutation(here[is_rare[here]]), rng.permutation(here[~is_rare[here]])
+        # the small addend undoes rounding below a whole number, as in 0.1 * 30
+        rare = rare[: int(len(common) * ratio + 1e-9)]
+        kept += [rare, common[: round(len(rare) / ratio)]]
+    return np.sort(np.concatenate(kept))
