@@ -1,0 +1,286 @@
+"""One evaluation of an attack: what is attacked, what the attacker has, and what the result is known by."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mia_utils import results, seeds
+from mia_utils.runner import artifacts, profiles, train
+from mia_utils.runner.profiles import Row
+
+if TYPE_CHECKING:
+    from mia_utils.lab import Lab
+    from mia_utils.protocol.result import Result
+
+DECODER_IMAGES = 512  # that an attacker trains a decoder of their own with
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is attacked: a model of the profile, possibly behind a defense that needs no model of its own.
+
+    Attributes:
+        id: model of the profile.
+        defense: name of ``models.outputs.OUTPUTS`` (the outputs are perturbed, the shadow's too) or
+            ``"early-stopping"`` (target and shadow as they were at an epoch); None: the model as it is.
+        strength: of the defense, in its own unit; the epoch for early stopping.
+    """
+
+    id: str
+    defense: str | None = None
+    strength: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Attacker:
+    """What an attacker has.
+
+    Attributes:
+        knowledge: ``"partial"`` (the membership of the images outside the scored fold) or ``"shadow"``.
+        shadow: model that stands in for the target; None with shadow knowledge: ``lab.shadow_of(target)``.
+        share: share of the attack-training images whose membership is known.
+        reference: model of role ``reference`` that calibrates the score.
+        decoder: ``"own"`` is the target's decoder; ``"attacker"`` one trained over the frozen encoder on other images.
+        decoder_epochs: of the attacker's decoder, at most those of the target.
+        attacker: ``"adaptive"`` learned from defended outputs, ``"static"`` before there was a defense.
+    """
+
+    knowledge: str = "partial"
+    shadow: str | None = None
+    share: float = 1.0
+    reference: str | None = None
+    decoder: str = "own"
+    decoder_epochs: int = 200
+    attacker: str = "adaptive"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Everything one evaluation depends on, resolved; ``identity`` is what its key is made of.
+
+    Attributes:
+        attack, target, attacker, protocol, n_nonmembers: as given to ``lab.run``.
+        row: the target's model.
+        knowledge: ``"partial"`` or ``"shadow:PET"`` (which of distribution, encoder, training the shadow shares).
+        shadow: model, or None.
+        checkpoint, shadow_checkpoint: epochs; None: the end of training.
+        plain, plain_shadow: what a static attacker learned from, undefended.
+        params: parameters of the attack.
+    """
+
+    attack: str
+    target: Target
+    attacker: Attacker
+    row: Row
+    knowledge: str
+    shadow: str | None
+    protocol: str
+    checkpoint: int | None
+    shadow_checkpoint: int | None
+    n_nonmembers: int | None
+    plain: str | None
+    plain_shadow: str | None
+    params: dict[str, Any]
+
+    @property
+    def models(self) -> list[str]:
+        """Models it queries, the target first."""
+        used = [self.row.id, self.shadow, self.attacker.reference, self.plain, self.plain_shadow]
+        return list(dict.fromkeys(name for name in used if name))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the key is made of; entries that came later are named only where they are used."""
+        who, what = self.attacker, self.target
+        spec = dict(attack=self.attack, model_id=self.row.id, knowledge=self.knowledge, shadow=self.shadow)
+        spec |= dict(protocol=self.protocol, epoch=self.checkpoint, known_share=who.share)
+        spec |= dict(n_nonmembers=self.n_nonmembers, params=self.params)
+        spec |= {"reference": who.reference} if who.reference is not None else {}
+        spec |= {"decoder": who.decoder} if who.decoder != "own" else {}
+        spec |= {"decoder_epochs": who.decoder_epochs} if who.decoder != "own" and who.decoder_epochs != 200 else {}
+        spec |= {"shadow_epoch": self.shadow_checkpoint} if self.shadow_checkpoint is not None else {}
+        spec |= {"defense": what.defense, "strength": what.strength} if what.defense else {}
+        return spec | ({"learned_from": [self.plain, self.plain_shadow]} if self.plain else {})
+
+
+def resolve(
+    lab: Lab, attack: str, target: Target, attacker: Attacker, *, protocol: str = "controlled", checkpoint: int | None = None,
+    shadow_checkpoint: int | None = None, n_nonmembers: int | None = None, **params: Any,
+) -> Call:  # fmt: skip
+    """Check a call and fill in the shadow and what a static attacker learned from; ValueError says what does not fit."""
+    row = lab.profile.row(target.id)
+    if target.defense == "early-stopping":
+        checkpoint = shadow_checkpoint = int(target.strength)
+    if attacker.attacker not in ("adaptive", "static"):
+        raise ValueError(f"expected attacker 'adaptive' or 'static', got {attacker.attacker!r}")
+    static = attacker.attacker == "static"
+    if static and target.defense is None and row.defense == "none":
+        raise ValueError("attacker 'static' goes with a defense: name one, or attack a defended model")
+    knowledge, shadow = attacker.knowledge, attacker.shadow
+    if shadow is not None or knowledge.startswith("shadow"):
+        shadow = shadow or lab.shadow_of(target.id)
+        if shadow is None:
+            raise ValueError(f"profile {lab.name} has no shadow for {target.id}: add a model with role shadow")
+        knowledge = "shadow:" + compare(row, lab.profile.row(shadow))
+    else:
+        shadow_checkpoint = None
+    plain = lab.undefended_of(target.id) if static else None
+    plain_shadow = lab.shadow_of(plain) if static and shadow else None
+    return Call(attack, target, attacker, row, knowledge, shadow, protocol, checkpoint, shadow_checkpoint, n_nonmembers,
+                plain, plain_shadow, params)  # fmt: skip
+
+
+def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
+    """Query the models of a call and score its evaluation set."""
+    from mia_utils import attacks  # imports torch, which cached results do not need
+    from mia_utils.protocol import splits
+
+    row, seed = call.row, call.row.seed
+    pool, split = lab.pool(row.dataset), lab.split(row.id)
+    lab.model(row.id)
+    if call.n_nonmembers is not None and call.n_nonmembers < len(split.target_nonmembers):
+        order = seeds.rng(split.seed, "fewer-strangers").permutation(split.target_nonmembers)
+        split = dataclasses.replace(split, target_nonmembers=np.sort(order[: call.n_nonmembers]))
+    if call.shadow:
+        other, dataset = lab.split(call.shadow), lab.profile.row(call.shadow).dataset
+        if dataset != row.dataset:
+            pool, split = splits.join(pool, split, lab.pool(dataset), other)
+        elif other.hash != lab.split(row.id).hash:
+            raise ValueError(f"{call.shadow} was trained on another split than {row.id}: train both again")
+
+    def query(model_id: str | None, epoch: int | None, stream: int | None = None) -> Any:
+        model = _get_model(lab, call, model_id, epoch) if model_id else None
+        if model is None or stream is None:
+            return model
+        return defend(model, defense=call.target.defense, strength=call.target.strength, seed=stream)
+
+    learned = (query(call.plain, None), query(call.plain_shadow, None)) if call.plain else None
+    return attacks.evaluate(
+        call.attack,
+        query(row.id, call.checkpoint, seed),
+        pool,
+        split,
+        knowledge=call.knowledge,
+        shadow=query(call.shadow, call.shadow_checkpoint, seeds.derive(seed, "shadow")),
+        reference=query(call.attacker.reference, None),
+        untrained=query(row.id, 0, seed) if controls else None,
+        protocol=call.protocol,
+        seed=seed,
+        cache=_cache_features,
+        controls=controls,
+        known_share=call.attacker.share,
+        learned_from=learned,
+        **call.params,
+    )
+
+
+def describe(lab: Lab, call: Call) -> dict[str, Any]:
+    """Facts of an evaluation that its scores do not hold: columns of the results."""
+    row, who, what = call.row, call.attacker, call.target
+    run, other = lab.model(row.id), lab.profile.row(call.shadow) if call.shadow else None
+    defended = what.defense is not None or row.defense != "none"
+    checkpoint = row.epochs if call.checkpoint is None else call.checkpoint
+    facts = describe_model(row) | dict(
+        attack=call.attack, seed=row.seed, knowledge=call.knowledge, protocol=call.protocol
+    )
+    facts |= dict(checkpoint=checkpoint, subsample=call.n_nonmembers, shadow=results.drop_seed(call.shadow, row.seed))
+    facts |= dict(shadow_method=other and other.method, shadow_dataset=other and other.dataset)
+    facts |= dict(shadow_checkpoint=call.shadow_checkpoint, known_share=who.share, decoder=who.decoder)
+    facts |= dict(reference=results.drop_seed(who.reference, row.seed), train_seconds=run.seconds)
+    facts |= dict(defense=what.defense or row.defense, attacker=who.attacker if defended else "static")
+    facts |= dict(strength=row.strength if what.defense is None else what.strength)
+    utility = lab.measure(row.id, defense=what.defense, strength=what.strength) if what.defense else run.utility
+    facts |= dict(
+        utility=utility.get("probe", utility.get("miou")), utility_untrained=run.utility.get("probe_untrained")
+    )
+    facts |= dict(knn=utility.get("knn"))
+    attacked = run.history[run.history["epoch"] == checkpoint]
+    for name in ("miou", "miou_members"):  # of a segmenter's checkpoint, or behind a defense of its output
+        if name in attacked and len(attacked):
+            perturbed = what.defense not in (None, "early-stopping")
+            facts[name] = utility[name] if perturbed else float(attacked[name].iloc[-1])
+    return facts
+
+
+def describe_model(row: Row) -> dict[str, Any]:
+    """Facts of a model: columns of the results."""
+    facts = {
+        key: getattr(row, key) for key in ("role", "method", "arch", "dataset", "n_train", "epochs", "augmentation")
+    }
+    return {"target": results.drop_seed(row.id, row.seed), "model_id": row.id, **facts}
+
+
+def compare(row: Row, shadow: Row) -> str:
+    """Which of pre-training data, encoder and training a shadow shares with its target, as ``"PE-"``."""
+    segmenting = row.method in profiles.SEGMENTERS  # their method is the network
+    recipe = [
+        {**get_options(r), "method": "" if segmenting else r.method, "aug": r.augmentation} for r in (row, shadow)
+    ]
+    encoder = [(r.arch, r.method if segmenting else "") for r in (row, shadow)]
+    same = [row.dataset == shadow.dataset, encoder[0] == encoder[1], recipe[0] == recipe[1]]
+    return "".join(letter if ok else "-" for letter, ok in zip("PET", same, strict=True))
+
+
+def get_options(row: Row, *without: str | None) -> dict[str, Any]:
+    """Options of a model that change its training, but those named."""
+    return {k: v for k, v in row.options.items() if k not in ("checkpoints", *without)}
+
+
+def defend(model: Any, *, defense: str | None, strength: float | None, seed: int) -> Any:
+    """Perturb what a model outputs; early stopping has chosen its weights already."""
+    if defense is None or defense == "early-stopping":
+        return model
+    from mia_utils.models import outputs  # imports torch
+
+    return outputs.perturb(model, defense, strength, seed=seed)
+
+
+def _get_model(lab: Lab, call: Call, model_id: str, epoch: int | None) -> Any:
+    """Return a model as an attack queries it: the encoder, or encoder and decoder together."""
+    from mia_utils import attacks  # imports torch
+
+    run, decoder = lab.model(model_id), call.attacker.decoder
+    if "reconstruct" not in attacks.ATTACKS[call.attack].needs:
+        return run.encoder_at(epoch)
+    if decoder not in ("own", "attacker"):
+        raise ValueError(f"expected decoder 'own' or 'attacker', got {decoder!r}")
+    model = run.autoencoder_at(epoch) if decoder == "own" else _attach_decoder(lab, call, model_id, epoch)
+    if model is None:
+        raise ValueError(f"{model_id} ({run.method}) has no decoder: let the attacker train one, decoder='attacker'")
+    return model
+
+
+def _attach_decoder(lab: Lab, call: Call, model_id: str, epoch: int | None) -> Any:
+    """Return a frozen encoder with a decoder that the attacker trained on images outside all roles, kept on disk."""
+    from mia_utils.attacks import mim  # imports torch
+
+    row, run, split = lab.profile.row(model_id), lab.model(model_id), lab.split(model_id)
+    epoch = run.checkpoints[-1] if epoch is None else epoch
+    n_images = min(DECODER_IMAGES, len(split.utility))
+    recipe = dict(n_images=n_images, epochs=min(call.attacker.decoder_epochs, row.epochs))
+    spec = {"kind": "decoder", "readable": f"{model_id}-e{epoch}", "recipe": artifacts.RECIPES["decoder"], **recipe}
+    spec |= {"model": lab.folder(model_id).name, "epoch": epoch}
+
+    def make(into: Path) -> dict:
+        images = lab.pool(row.dataset).images[split.reference(n_images)]
+        made = mim.train_decoder(run.encoder_at(epoch), images, epochs=recipe["epochs"], seed=row.seed, checkpoints=[])
+        made.save(into)
+        return {"settings": made.settings, "train_seconds": round(made.seconds, 2)}
+
+    return train.load_run(artifacts.load_or_make(spec, make)).decoder
+
+
+def _cache_features(key: dict, make) -> np.ndarray:
+    """Keep extracted features as artifacts: a model is queried once, attackers train on its outputs."""
+    spec = {"kind": "features", "readable": str(key["extract"]).split(".")[-2], **key}
+
+    def write(folder: Path) -> dict:
+        features = make()
+        np.save(folder / "features.npy", features)
+        return {"shape": list(features.shape)}
+
+    return np.load(artifacts.load_or_make(spec, write) / "features.npy", allow_pickle=False)
