@@ -9,7 +9,7 @@ _PUBLIC = {
     "encoders": "models.encoders",
     "segmenters": "models.segmenters",
     "views": "models.views",
-    "defenses": "models.outputs",
+    "defenses": "defenses",
     "splits": "protocol.splits",
     "metrics": "protocol.metrics",
 }

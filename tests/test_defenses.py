@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from mia_utils import datasets, pretrain
+from mia_utils import datasets, pretrain, seeds
 from mia_utils.datasets import scenes
 from mia_utils.models import encoders, outputs, segmenters
-from mia_utils.pretrain import mae
+from mia_utils.pretrain import accounting, mae, privacy
 from mia_utils.protocol import metrics
 from mia_utils.runner import profiles
 
@@ -232,17 +232,17 @@ def test_the_epsilon_agrees_with_opacus_counting_step_by_step():
     from opacus.accountants import RDPAccountant
 
     for target in (0.8, 8.0):
-        plan = outputs.plan_privacy(n_images=256, batch_size=32, steps=400, epsilon=target, delta=1e-4)
+        plan = accounting.plan_privacy(n_images=256, batch_size=32, steps=400, epsilon=target, delta=1e-4)
         accountant = RDPAccountant()
         for _ in range(400):
             accountant.step(noise_multiplier=plan["noise_multiplier"], sample_rate=1 / 8)
         assert plan["epsilon"] == pytest.approx(accountant.get_epsilon(delta=1e-4), rel=1e-9)
         assert 0.98 * target < plan["epsilon"] <= target
-        text = outputs.describe_privacy(plan)
+        text = accounting.describe_privacy(plan)
         assert f"epsilon {plan['epsilon']:.4g} at delta 0.0001" in text and "rate 0.125, 400 steps" in text
-    known = outputs.measure_epsilon(noise_multiplier=1.0, sample_rate=0.25, steps=10000, delta=1e-5)
+    known = accounting.measure_epsilon(noise_multiplier=1.0, sample_rate=0.25, steps=10000, delta=1e-5)
     assert known == pytest.approx(551, abs=1)
-    assert outputs.measure_epsilon(noise_multiplier=0, sample_rate=0.5, steps=1, delta=1e-5) == math.inf
+    assert accounting.measure_epsilon(noise_multiplier=0, sample_rate=0.5, steps=1, delta=1e-5) == math.inf
 
 
 # ------------------------------------------------------------------------------------------- per-example gradients
@@ -250,7 +250,7 @@ def test_the_epsilon_agrees_with_opacus_counting_step_by_step():
 
 def build(method, **options):
     network = pretrain.build(method, "mobilenet_v2" if method in segmenters.METHODS else TINY["arch"], **options)
-    outputs.freeze_tokens(network)
+    privacy.freeze_tokens(network)
     for module in network.modules():
         if getattr(module, "inplace", False):
             module.inplace = False
@@ -266,7 +266,7 @@ def test_per_example_gradients_are_those_of_micro_batches_of_one(tensors, method
     images, labels = tensors
     network = build(method, **options)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    errors = outputs.compare_gradients(network, images[:2], labels[:2] if method == "unet" else None)
+    errors = privacy.compare_gradients(network, images[:2], labels[:2] if method == "unet" else None)
     assert errors and max(errors.values()) < 1e-4  # float32 sums in another order
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert not any(hasattr(p, "grad_sample") or p.grad is not None for p in network.parameters())
@@ -280,13 +280,11 @@ def test_wrong_per_example_gradients_are_refused_without_an_error_of_opacus(tens
     with pytest.raises(
         ValueError, match="can't be private.* per-example gradients .*mask_token|no per-example"
     ) as error:
-        outputs.require_private(network, images[:2])
+        privacy.require_private(network, images[:2])
     assert "\n" not in str(error.value)
 
 
 def test_per_example_gradients_of_convolutions_are_exact_in_any_memory_order():
-    from mia_utils.pretrain import privacy
-
     for groups, settings in ((1, {}), (4, dict(stride=2, padding=1)), (8, dict(padding=2, dilation=2, bias=False))):
         torch.manual_seed(0)
         layer, x = nn.Conv2d(8, 16, 3, groups=groups, **settings), torch.rand(3, 8, 9, 7)
@@ -321,10 +319,8 @@ def test_group_norm_is_put_where_opacus_would_put_it():
 
 
 def make_steps(network, images, labels=None, *, batch_size=8, noise=0.0, clip=1e9, lr=0.1):
-    from mia_utils.pretrain import privacy
-
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=lr)
-    plan = outputs.plan_privacy(
+    plan = accounting.plan_privacy(
         n_images=len(images), batch_size=batch_size, steps=10, noise_multiplier=noise, max_grad_norm=clip
     )
     return privacy.PrivateSteps(network, optimizer, plan, images=images, labels=labels)
@@ -342,7 +338,7 @@ def test_without_noise_and_clipping_it_is_plain_sgd_on_the_same_batches(tensors,
     for step in range(2):
         batch = np.arange(8 * step, 8 * step + 8)
         loss = steps.take_on(batch, step, **(STEP if method == "mae" else MAPS))
-        rng = outputs.seeds.rng(0, "train-views", step, 0)
+        rng = seeds.rng(0, "train-views", step, 0)
         parts = [batch] if chunk is None else np.array_split(batch, 3)  # masks are drawn part by part
         mean = 0.0
         for part in parts:  # the batch loss: every mask hides as many patches, every picture has as many valid pixels
@@ -391,7 +387,7 @@ def test_tiny_batches_train_and_the_accounting_is_printed_and_kept(pictures, cap
     run = pretrain.fit("mae", pictures["images"][:5], **settings)
     plan = run.settings["privacy"]
     assert plan["steps"] == 10 and plan["sample_rate"] == 0.2 and 19 < plan["epsilon"] <= 20
-    assert outputs.describe_privacy(plan) in capsys.readouterr().out
+    assert accounting.describe_privacy(plan) in capsys.readouterr().out
     assert torch.equal(state, torch.get_rng_state())
     first, last = run.states[0], run.states[2]
     assert all(torch.isfinite(value).all() for value in last.values())
@@ -473,7 +469,7 @@ def test_what_can_not_be_private_is_refused_in_one_line(pictures, change, messag
 def test_batch_norm_is_refused_with_the_reason(tensors):
     network = build("unet", n_classes=11, **SMALL)
     with pytest.raises(ValueError, match="batch norm can't be private .*mixes the images of a batch.*norm: group"):
-        outputs.require_private(network, tensors[0][:2], tensors[1][:2])
+        privacy.require_private(network, tensors[0][:2], tensors[1][:2])
 
 
 # ------------------------------------------------------------------------------------------- plain regularizers

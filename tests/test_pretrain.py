@@ -1,5 +1,7 @@
 """Every method learns, keeps what it should, and continues a killed training with the same numbers."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from mia_utils import pretrain
 from mia_utils.datasets import scenes
 from mia_utils.pretrain import mae, moco
+from mia_utils.pretrain import run as run_module
 
 TINY = dict(arch="vit_nano_patch8_32", progress=False)
 
@@ -18,6 +21,7 @@ def pictures():
 
 
 QUEUE = {"moco-v1": {"queue_size": 8}, "moco-v2": {"queue_size": 8}}  # options of methods that need some
+QUEUE["moco-v2-split"] = {"queue_size": 8, "bn_splits": 4}
 
 
 @pytest.mark.parametrize(("method", "epochs"), [("mae", 40), ("simclr", 15), ("moco", 40), ("supervised", 25)])
@@ -57,12 +61,13 @@ def test_dino_moves_its_teacher_and_keeps_it(pictures):
 @pytest.mark.parametrize(
     ("method", "arch"),
     [("mae", "vit_nano_patch8_32"), ("dino", "vit_nano_patch8_32"), ("moco", "vit_nano_patch8_32")]
-    + [("moco-v2", "vit_nano_patch8_32"), ("moco-v1", "resnet_thin_32")],
+    + [("moco-v2", "vit_nano_patch8_32"), ("moco-v1", "resnet_thin_32"), ("moco-v2-split", "resnet_thin_32")],
 )
 def test_a_killed_training_resumes_to_the_same_weights(pictures, tmp_path, method, arch):
     """Also what is no weight: the queue of keys, batch norm's statistics, the momentum encoder."""
     settings = dict(arch=arch, epochs=6, batch_size=8, progress=False, **QUEUE.get(method, {}))
-    fit = lambda **extra: pretrain.fit(method, pictures[0][:24], **settings, **extra)  # noqa: E731
+    name = method.removesuffix("-split")
+    fit = lambda **extra: pretrain.fit(name, pictures[0][:24], **settings, **extra)  # noqa: E731
     whole = fit()
     fit(resume_path=tmp_path / "resume.pt", stop_after=7)  # of 18: after the first of three steps of an epoch
     resumed = fit(resume_path=tmp_path / "resume.pt")
@@ -99,6 +104,40 @@ def test_the_queue_s_loss_is_the_cross_entropy_of_key_against_queue(pictures):
     assert float(loss) == pytest.approx(np.mean(expected), abs=1e-5)
 
 
+def test_split_batch_norm_sees_each_part_of_a_batch_by_itself():
+    split, plain = (torch.nn.BatchNorm2d(5).train() for _ in range(2))
+    torch.nn.init.uniform_(split.weight)
+    plain.load_state_dict(split.state_dict())
+    moco.split_batch_norm(torch.nn.Sequential(split), 4)
+    x = torch.randn(8, 5, 3, 3).to(memory_format=torch.channels_last)
+    made, running = split(x), []
+    for part in range(4):
+        one = torch.nn.BatchNorm2d(5)
+        one.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(made[part::4], one(x[part::4]))
+        running.append(torch.stack([one.running_mean, one.running_var]))
+    torch.testing.assert_close(torch.stack([split.running_mean, split.running_var]), torch.stack(running).mean(0))
+    assert torch.equal(split.eval()(x), plain.eval()(x)) is False and split.state_dict().keys() == plain.state_dict().keys()
+    with pytest.raises(ValueError, match="a batch that bn_splits 4 divides, got 6 images"):
+        split.train()(x[:6])
+    with pytest.raises(ValueError, match="bn_splits 8: expected .* a backbone with batch norm"):
+        pretrain.build("moco-v2", "vit_nano_patch8_32", bn_splits=8)
+
+
+def test_shuffled_keys_come_back_in_the_order_of_their_images(pictures):
+    """With the weights of the key encoder's batch norm in eval mode, order and parts change nothing."""
+    images, queues = torch.from_numpy(pictures[0][:8]).permute(0, 3, 1, 2), []
+    for splits in (1, 4):
+        method = pretrain.build("moco-v2", "resnet_thin_32", queue_size=8, bn_splits=splits).train()
+        method.backbone_momentum.eval()
+        method.loss(images, rng=np.random.default_rng(1), augmentation="flip", size=32, progress=0.0)
+        queues.append(method.queue)
+    torch.testing.assert_close(*queues)
+    method.backbone_momentum.train()
+    method.loss(images, rng=np.random.default_rng(1), augmentation="flip", size=32, progress=0.0)
+    assert not torch.allclose(queues[0], method.queue, atol=1e-3)
+
+
 def test_a_queue_longer_than_half_the_images_is_refused(pictures):
     with pytest.raises(ValueError, match="queue_size up to half of the 16 images, got 64"):
         pretrain.fit("moco-v2", pictures[0][:16], epochs=1, **TINY)
@@ -110,6 +149,69 @@ def test_a_resume_state_of_other_settings_is_not_used(pictures, tmp_path):
     fresh = pretrain.fit("mae", pictures[0][:16], epochs=4, lr=2e-3, **TINY)
     other = pretrain.fit("mae", pictures[0][:16], epochs=4, lr=2e-3, resume_path=path, **TINY)
     assert torch.equal(fresh.states[4]["backbone.norm.weight"], other.states[4]["backbone.norm.weight"])
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "text": lambda data: b"not a state",
+    "cut off": lambda data: data[: len(data) // 2],
+    "last byte missing": lambda data: data[:-1],
+    "a byte more": lambda data: data + b"x",
+    "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+    "zeroed": lambda data: data[:5000] + bytes(4096) + data[9096:],
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "other shape", "no digest", "old layout"])
+def test_a_damaged_resume_state_is_said_and_the_training_starts_over(pictures, tmp_path, capsys, damage):
+    path, settings = tmp_path / "resume.pt", dict(epochs=2, batch_size=8, resume_path=tmp_path / "resume.pt", **TINY)
+    pretrain.fit("mae", pictures[0][:16], stop_after=3, **settings)
+    if damage in DAMAGE:
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    else:
+        saved = torch.load(path, weights_only=True)
+        if damage == "other shape":
+            saved["model"]["backbone.norm.weight"] = torch.ones(3)
+            whole = run_module.ResumeFile(path, {})
+            whole.settings = saved["settings"]
+            whole.write(saved)  # sound, but not of this model
+        elif damage == "no digest":
+            torch.save(saved, path)
+        else:
+            torch.save({"epoch": 1}, path)
+    whole = pretrain.fit("mae", pictures[0][:16], epochs=2, batch_size=8, **TINY)
+    run = pretrain.fit("mae", pictures[0][:16], **settings)
+    assert all(torch.equal(value, run.states[2][key]) for key, value in whole.states[2].items())
+    (line,) = capsys.readouterr().out.splitlines()
+    reason = "its weights have other shapes" if damage == "other shape" else "it was changed, cut off"
+    assert line.startswith(f"resume.pt can't be continued ({reason}") and line.endswith("the training starts over")
+
+
+def test_on_a_full_disk_the_training_goes_on_without_its_resume_state(pictures, tmp_path, capsys):
+    whole, path = pretrain.fit("mae", pictures[0][:16], epochs=2, **TINY), tmp_path / "resume.pt"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may grow further
+    try:
+        run = pretrain.fit("mae", pictures[0][:16], epochs=2, resume_path=path, save_every=0, **TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(torch.equal(value, run.states[2][key]) for key, value in whole.states[2].items())
+    (line,) = capsys.readouterr().out.splitlines()  # once, not at every step
+    assert line.startswith("can't write resume.pt (") and "the training goes on" in line
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_what_is_recorded_changes_no_weight(pictures):
+    settings = dict(heldout=pictures[0][32:56], epochs=9, batch_size=8, checkpoints=[2], **TINY)
+    whole = pretrain.fit("mae", pictures[0][:32], **settings)
+    few = pretrain.fit("mae", pictures[0][:32], record_every=4, record_images=8, **settings)
+    assert whole.history.epoch.tolist() == [*range(10)] and few.history.epoch.tolist() == [0, 2, 4, 8, 9]
+    assert whole.settings == few.settings and few.checkpoints == [0, 2, 9]
+    assert all(torch.equal(value, few.states[9][key]) for key, value in whole.states[9].items())
+    first = pretrain.fit("mae", pictures[0][:8], heldout=pictures[0][32:40], epochs=1, **TINY).history.iloc[0]
+    assert tuple(few.history.iloc[0][["loss_members", "loss_heldout"]]) == (first.loss_members, first.loss_heldout)
+    with pytest.raises(ValueError, match="expected record_every at least 1, got 0"):
+        pretrain.fit("mae", pictures[0][:8], epochs=1, record_every=0, **TINY)
 
 
 def test_the_same_seed_repeats_and_the_global_state_is_left_alone(pictures):

@@ -285,18 +285,6 @@ def test_a_streamed_training_resumes_at_its_step(tmp_path, pictures, stop):
     assert all(torch.equal(value, run.states[2][key]) for key, value in whole.states[2].items())
 
 
-def test_a_state_of_whole_epochs_is_continued_and_one_without_settings_is_ignored(tmp_path, pictures):
-    path, settings = tmp_path / "resume.pt", dict(epochs=3, batch_size=8, **TINY)
-    whole = pretrain.fit("mae", pictures[0][:16], **settings)
-    pretrain.fit("mae", pictures[0][:16], resume_path=path, stop_after=2, **settings)
-    saved = torch.load(path, weights_only=True)
-    del saved["step"], saved["scaler"]
-    for content in (saved | {"epoch": 1}, {"epoch": 1}):
-        torch.save(content, path)
-        run = pretrain.fit("mae", pictures[0][:16], resume_path=path, **settings)
-        assert all(torch.equal(value, run.states[3][key]) for key, value in whole.states[3].items())
-
-
 # ---------------------------------------------------------------------------------------------- streamed
 
 

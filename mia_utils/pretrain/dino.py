@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import torch
 from lightly.loss import DINOLoss
 from lightly.models.modules.heads import DINOProjectionHead
 from lightly.models.utils import update_momentum
 from lightly.utils.scheduler import cosine_schedule
+from numpy.random import Generator
 from torch import Tensor, nn
 
 from mia_utils.models import views
@@ -37,18 +37,10 @@ class DINO(nn.Module):
     pooling = "cls"
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        input_size: int,
-        output_dim: int = 1024,
-        n_local: int = 2,
-        momentum: float = 0.996,
-        teacher_temperature: float = 0.04,
-        student_temperature: float = 0.1,
-        hidden_dim: int = 256,
-        bottleneck_dim: int = 64,
-    ):
+        self, backbone: nn.Module, *, input_size: int, output_dim: int = 1024, n_local: int = 2,
+        momentum: float = 0.996, teacher_temperature: float = 0.04, student_temperature: float = 0.1,
+        hidden_dim: int = 256, bottleneck_dim: int = 64,
+    ):  # fmt: skip
         super().__init__()
         if not getattr(backbone, "num_prefix_tokens", 0):
             raise ValueError(f"dino needs a ViT with a class token, got {type(backbone).__name__}")
@@ -62,9 +54,7 @@ class DINO(nn.Module):
         self.teacher_head.requires_grad_(False)
         self.criterion = DINOLoss(output_dim, teacher_temp=teacher_temperature, student_temp=student_temperature)
 
-    def loss(
-        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
-    ) -> Tensor:
+    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """Cross-entropy between teacher (two global views) and student (all views) of a batch (B, 3, H, W) uint8."""
         settings = views.parse_augmentation(augmentation)
         local = {**settings, "scale": views.AUGMENTATIONS["dino-local"]["scale"]}

@@ -18,7 +18,7 @@ AHEAD = 3  # batches that are decoded while one is trained on: what streaming ho
 
 
 class Streamed:
-    """Images that stay where they are; the rows of a batch are decoded when they are asked for.
+    """Images that stay where they are; the rows of a batch are decoded when they are read.
 
     Args:
         images: (N, H, W, 3) uint8 array-like: ``images[rows]`` selects, ``np.asarray`` of that decodes.

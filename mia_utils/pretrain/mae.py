@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
 from lightly.models.modules.masked_vision_transformer_decoder_timm import MaskedVisionTransformerDecoderTIMM
 from lightly.models.utils import get_at_index
+from numpy.random import Generator
 from torch import Tensor, nn
 
 from mia_utils.models import views
@@ -21,12 +21,8 @@ from mia_utils.pretrain import inputs
 DEFAULTS = dict(lr=1.5e-3, weight_decay=0.05, batch_size=64, augmentation="none")
 
 
-def draw_masks(n: int, n_tokens: int, mask_ratio: float, rng: np.random.Generator) -> Tensor:
-    """Draw n masks that each hide the same number of patches.
-
-    Returns:
-        (n, L) bool, True = hidden.
-    """
+def draw_masks(n: int, n_tokens: int, mask_ratio: float, rng: Generator) -> Tensor:
+    """Draw n masks (n, L) bool, True = hidden, that each hide the same number of patches."""
     n_hidden = round(n_tokens * mask_ratio)
     if not 0 < n_hidden < n_tokens:
         raise ValueError(f"mask_ratio {mask_ratio} hides {n_hidden} of {n_tokens} patches: expected some, but not all")
@@ -54,16 +50,9 @@ class MaskedImageModel(nn.Module):
     penalize = staticmethod(torch.square)  # of the pixel differences in the training loss
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        input_size: int,
-        patch: int,
-        mask_ratio: float,
-        norm_pix_loss: bool = False,
-        mean: Sequence[float] = HALF,
-        std: Sequence[float] = HALF,
-    ):
+        self, backbone: nn.Module, *, input_size: int, patch: int, mask_ratio: float, norm_pix_loss: bool = False,
+        mean: Sequence[float] = HALF, std: Sequence[float] = HALF,
+    ):  # fmt: skip
         super().__init__()
         self.backbone, self.input_size, self.patch = backbone, input_size, patch
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
@@ -105,23 +94,17 @@ class MaskedImageModel(nn.Module):
         """Predict all patches of normalized images (N, 3, H, W) from those that masks (N, L) leave visible."""
         return self.predict_from(self.embed(images), masks)
 
-    def loss(
-        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
-    ) -> Tensor:
+    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """Mean error over the hidden patches of a batch (B, 3, H, W) uint8, pixels scaled to [-1, 1]."""
-        error, masks = self._measure_errors(images, augmentation=augmentation, size=size, rng=rng)
+        error, masks = self._measure_errors(images, augmentation, size, rng)
         return (error * masks).sum() / masks.sum()
 
-    def losses(
-        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
-    ) -> Tensor:
+    def losses(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """Mean error over the hidden patches of each image (B,), as private training needs it; mean: ``loss``."""
-        error, masks = self._measure_errors(images, augmentation=augmentation, size=size, rng=rng)
+        error, masks = self._measure_errors(images, augmentation, size, rng)
         return (error * masks).sum(1) / masks.sum(1)
 
-    def _measure_errors(
-        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _measure_errors(self, images: Tensor, augmentation: str, size: int, rng: Generator) -> tuple[Tensor, Tensor]:
         """Return the error of every patch and the drawn masks, both (B, L)."""
         x = inputs.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))
         masks = draw_masks(len(x), self.n_tokens, self.mask_ratio, rng).to(x.device)
@@ -133,7 +116,7 @@ class MaskedImageModel(nn.Module):
         """Reconstruct images from their visible patches.
 
         Trained with ``norm_pix_loss``, the model tells a hidden patch up to its brightness and contrast: these are
-        put back from the true patch. The attacker owns the image, so he knows them.
+        put back from the patch itself, which the attacker knows.
 
         Args:
             images: (N, 3, H, W) float in [0, 1].
@@ -154,15 +137,10 @@ class MaskedImageModel(nn.Module):
 
     @torch.inference_mode()
     def reconstruct_from(self, tokens: Tensor, masks: Tensor, *, images: Tensor) -> Tensor:
-        """Reconstruct every image from every mask, the masks folded into the batch.
+        """Reconstruct every image from every mask (M, L), folded into the batch: (N, M, 3, H, W) as ``reconstruct``.
 
-        Args:
-            tokens: of ``embed_patches(images)``.
-            masks: (M, L) bool, True = hidden; the same M for every image, each hides the same number of patches.
-            images: (N, 3, H, W) float in [0, 1] (brightness and contrast of patches, with ``norm_pix_loss``).
-
-        Returns:
-            (N, M, 3, H, W), as ``reconstruct`` gives one by one.
+        ``tokens`` are those of ``embed_patches(images)``; images (N, 3, H, W) in [0, 1] give brightness and contrast
+        of patches with ``norm_pix_loss``.
         """
         n, m = len(tokens), len(masks)
         tokens = tokens.repeat_interleave(m, dim=0)  # (N M, L, D)
@@ -196,37 +174,23 @@ class MAE(MaskedImageModel):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        input_size: int,
-        mask_ratio: float = 0.75,
-        decoder_dim: int = 64,
-        decoder_depth: int = 1,
-        decoder_heads: int = 4,
-        norm_pix_loss: bool = False,
-        mean: Sequence[float] = HALF,
+        self, backbone: nn.Module, *, input_size: int, mask_ratio: float = 0.75, decoder_dim: int = 64,
+        decoder_depth: int = 1, decoder_heads: int = 4, norm_pix_loss: bool = False, mean: Sequence[float] = HALF,
         std: Sequence[float] = HALF,
-    ):
+    ):  # fmt: skip
         if not hasattr(backbone, "patch_embed") or not hasattr(backbone, "blocks"):
             raise ValueError(f"mae needs a plain ViT, got {type(backbone).__name__}")
         patch = backbone.patch_embed.patch_size[0]
         settings = dict(mask_ratio=mask_ratio, norm_pix_loss=norm_pix_loss, mean=mean, std=std)
         super().__init__(backbone, input_size=input_size, patch=patch, **settings)
         self.encoder = MaskedVisionTransformerTIMM(vit=backbone)
-        self.decoder = nn.ModuleDict(
-            {
-                "embed": nn.Linear(backbone.embed_dim, decoder_dim),
-                "blocks": MaskedVisionTransformerDecoderTIMM(
-                    num_patches=self.n_tokens,
-                    embed_dim=decoder_dim,
-                    depth=decoder_depth,
-                    num_heads=decoder_heads,
-                    num_prefix_tokens=backbone.num_prefix_tokens,
-                ),
-                "predict": nn.Linear(decoder_dim, 3 * self.patch**2),
-            }
-        )
+        embed = nn.Linear(backbone.embed_dim, decoder_dim)
+        blocks = MaskedVisionTransformerDecoderTIMM(
+            num_patches=self.n_tokens, embed_dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads,
+            num_prefix_tokens=backbone.num_prefix_tokens,
+        )  # fmt: skip
+        predict = nn.Linear(decoder_dim, 3 * self.patch**2)
+        self.decoder = nn.ModuleDict({"embed": embed, "blocks": blocks, "predict": predict})
 
     def embed(self, images: Tensor) -> Tensor:
         """Embed all patches of normalized images (N, 3, H, W), class token and positions included: (N, 1 + L, D)."""

@@ -3,21 +3,21 @@
 v3 contrasts within the batch (Chen, Xie, He 2021, arXiv 2104.02057, Algorithm 1); v1 (He et al. 2020, arXiv
 1911.05722) and v2 (Chen et al. 2020, arXiv 2003.04297: a hidden layer in the head) against a queue of earlier keys,
 on any backbone: the targets of the EncoderMI paper. Heads and momentum update from lightly. Losses and queue are ours:
-lightly has no loss for v3, and its queue is no part of a model's state, so that a resumed training would start anew.
+lightly has no loss for v3, and its queue is no part of a model's state, so a resumed training would start anew.
 """
 
 from __future__ import annotations
 
 import copy
 
-import numpy as np
 import torch
 from lightly.models.modules.heads import MoCoProjectionHead
 from lightly.models.utils import update_momentum
 from lightly.utils import dist
 from lightly.utils.scheduler import cosine_schedule
+from numpy.random import Generator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import batch_norm, cross_entropy, normalize
 
 from mia_utils.models import views
 from mia_utils.models.encoders import from_module
@@ -55,15 +55,9 @@ class MoCo(nn.Module):
     pooling = "cls"
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        input_size: int,
-        temperature: float = 0.2,
-        momentum: float = 0.99,
-        hidden_dim: int = 512,
-        output_dim: int = 128,
-    ):
+        self, backbone: nn.Module, *, input_size: int, temperature: float = 0.2, momentum: float = 0.99,
+        hidden_dim: int = 512, output_dim: int = 128,
+    ):  # fmt: skip
         super().__init__()
         if not getattr(backbone, "num_prefix_tokens", 0):
             raise ValueError(f"moco (v3) needs a ViT with a class token, got {type(backbone).__name__}")
@@ -74,9 +68,7 @@ class MoCo(nn.Module):
         self.backbone_momentum = copy.deepcopy(backbone).requires_grad_(False)
         self.projector_momentum = copy.deepcopy(self.projector).requires_grad_(False)
 
-    def loss(
-        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
-    ) -> Tensor:
+    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """Symmetrized contrast over two views of a batch (B, 3, H, W) uint8."""
         settings = views.parse_augmentation(augmentation)
         both = torch.cat([inputs.augment(images, size=size, rng=rng, **settings) for _ in range(2)])
@@ -98,11 +90,44 @@ class MoCo(nn.Module):
         update_momentum(self.projector, self.projector_momentum, m)
 
 
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm with statistics of each of ``n_splits`` parts of a batch, as on so many devices.
+
+    Source: demo of MoCo on CIFAR-10 by its authors; the running statistics are the mean over the parts.
+    """
+
+    n_splits = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        n, c, height, width = x.shape
+        k = self.n_splits
+        if n % k:
+            raise ValueError(f"expected a batch that bn_splits {k} divides, got {n} images: change batch_size")
+        mean, var = self.running_mean.repeat(k), self.running_var.repeat(k)
+        parts = x.reshape(n // k, k * c, height, width)  # image i is in part i % k
+        out = batch_norm(parts, mean, var, self.weight.repeat(k), self.bias.repeat(k), True, self.momentum, self.eps)
+        self.running_mean.copy_(mean.view(k, c).mean(0))
+        self.running_var.copy_(var.view(k, c).mean(0))
+        self.num_batches_tracked.add_(1)
+        return out.reshape(n, c, height, width)
+
+
+def split_batch_norm(backbone: nn.Module, n_splits: int) -> None:
+    """Make every batch norm of a backbone a ``SplitBatchNorm``; its weights stay as they are."""
+    norms = [module for module in backbone.modules() if type(module) is nn.BatchNorm2d]
+    if n_splits < 1 or not norms:
+        raise ValueError(f"bn_splits {n_splits}: expected at least 1, and a backbone with batch norm")
+    for module in norms:
+        module.__class__, module.n_splits = SplitBatchNorm, n_splits
+
+
 class MoCoV2(nn.Module):
     """MoCo v2 with its queue, over any timm backbone; the mean over tokens is the trained vector.
 
-    Keys and queries pass batch norm apart, each with statistics of its own batch; the papers' shuffling over devices
-    needs several of them.
+    Queries and keys pass batch norm apart, each with the statistics of its own batch. With ``bn_splits`` above 1 they
+    pass it as on so many devices, keys in shuffled order (v1, section 3.3: else the statistics tell key from negative).
 
     Args:
         backbone: timm module.
@@ -112,23 +137,21 @@ class MoCoV2(nn.Module):
         queue_size: keys of earlier batches (EncoderMI's target: 4,096 for 10,000 images). At most half the training
             images, or an image often meets its own last key as a negative.
         output_dim: of the head (paper: 128).
+        bn_splits: parts of a batch that batch norm sees apart (EncoderMI's target and the papers: 8, one per GPU).
     """
 
     pooling = "mean"
     hidden_layers = 1
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        input_size: int,
-        temperature: float = 0.1,
-        momentum: float = 0.99,
-        queue_size: int = 64,
-        output_dim: int = 128,
-    ):
+        self, backbone: nn.Module, *, input_size: int, temperature: float = 0.1, momentum: float = 0.99,
+        queue_size: int = 64, output_dim: int = 128, bn_splits: int = 1,
+    ):  # fmt: skip
         super().__init__()
         self.backbone, self.temperature, self.momentum, self.queue_size = backbone, temperature, momentum, queue_size
+        self.bn_splits = bn_splits
+        if bn_splits != 1:
+            split_batch_norm(backbone, bn_splits)
         self.backbone_momentum = copy.deepcopy(backbone).requires_grad_(False)
         self._read, self._read_key = (
             from_module(module, arch="resnet_32" if input_size <= 64 else "resnet")._forward
@@ -142,15 +165,17 @@ class MoCoV2(nn.Module):
         self.register_buffer("queue", normalize(torch.randn(queue_size, output_dim), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
-    def loss(
-        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
-    ) -> Tensor:
+    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """InfoNCE of a batch (B, 3, H, W) uint8: its own key against the queue, which then takes the new keys."""
         settings = views.parse_augmentation(augmentation)
         one, two = (2 * inputs.augment(images, size=size, rng=rng, **settings) - 1 for _ in range(2))
         query = normalize(self.projector(self._read(one)[1].mean(1)).float(), dim=1)
+        if shuffled := self.bn_splits > 1 and self.training:
+            order = torch.from_numpy(rng.permutation(len(two))).to(two.device)
+            two = two[order]
         with torch.no_grad():
             key = normalize(self.projector_momentum(self._read_key(two)[1].mean(1)).float(), dim=1)
+            key = key[order.argsort()] if shuffled else key
         with torch.autocast(query.device.type, enabled=False):  # bfloat16 does not tell similar similarities apart
             logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.clone().T], dim=1)
         if self.training:

@@ -1,15 +1,16 @@
-"""DP-SGD: one step of the training loop that no single image can move far.
+"""DP-SGD: steps of the training loop that no single image can move far, and the check that they are exact.
 
 Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1. Per-example gradients, clipping and noise are opacus';
 batches, noise and augmentation come from streams named by the step, so that a killed training continues with the same
-numbers. (Whoever knows the seed knows the noise: a deployment would draw it from a secret source. The losses in
-``history`` are measured on the members without noise; they are for the lesson and would not be released.)
+numbers. (The seed tells the noise: a deployment would draw it from a secret source. The losses in ``history`` are
+measured on the members without noise; they would not be released.)
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,19 +21,18 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from mia_utils import seeds
-from mia_utils.models import outputs
 
-CHUNK_BYTES = 96e6  # of per-example gradients held at a time; a larger batch is summed up in parts
-GPU_CHUNK_BYTES = 8e9
+CHUNK_BYTES, GPU_CHUNK_BYTES = 96e6, 8e9  # of per-example gradients held at a time; a larger batch is summed in parts
+TOLERANCE = 1e-3  # float32 sums in another order reach 2e-5; a wrong gradient is off by its own size
+# opacus gives no gradients, or wrong ones, for these where they are expanded along the batch: they keep their start
+TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
 
-def compute_conv_gradients(
-    layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor
-) -> dict[nn.Parameter, Tensor]:
+def compute_conv_gradients(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
     """Per-example gradients of a convolution, (N, *weight.shape) and (N, *bias.shape).
 
-    Opacus' own is silently wrong for tensors in channels-last order, which convolutions on a CPU hand on among
-    themselves, and for depthwise ones it computes the gradients of all pairs of channels.
+    Opacus' own is silently wrong for tensors in channels-last order (usual on a CPU), and for depthwise ones it
+    computes the gradients of all pairs of channels.
     """
     columns = nn.functional.unfold(
         activations[0], layer.kernel_size, dilation=layer.dilation, padding=layer.padding, stride=layer.stride
@@ -51,8 +51,8 @@ def compute_conv_gradients(
 class PerExampleGradients(GradSampleModule):
     """Opacus' hooks on a network: after ``backward`` every parameter has ``grad_sample`` (N, ...).
 
-    Three things are repaired: convolutions (see above); modules that are reached by two names, which would be hooked
-    twice (the encoder of a masked-image model); and timm's subclass of layer norm, which is one.
+    Repaired: convolutions (see above); modules reached by two names, which would be hooked twice (the encoder of a
+    masked-image model); and timm's subclass of layer norm.
     """
 
     GRAD_SAMPLERS = {**GradSampleModule.GRAD_SAMPLERS, nn.Conv2d: compute_conv_gradients}
@@ -66,7 +66,7 @@ class PerExampleGradients(GradSampleModule):
     def capture_backprops_hook(
         self, module: nn.Module, _input: object, output: tuple[Tensor], loss_reduction: str, batch_first: bool
     ) -> None:
-        """Keep what is computed as it is; opacus adds it to zeros first, which takes a quarter of a ViT's time."""
+        """Keep what is computed as it is: adding it to zeros, as opacus does, takes a quarter of a ViT's time."""
         activations, backprops = self.rearrange_grad_samples(
             module=module, backprops=output[0].detach(), loss_reduction=loss_reduction, batch_first=batch_first
         )
@@ -80,7 +80,7 @@ class PerExampleGradients(GradSampleModule):
         del module.max_batch_len
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of a summed loss; the pictures need no gradient, which torch would remark upon at every step."""
+        """Backward of a summed loss; the images need no gradient, which torch would remark upon at every step."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             loss.backward()
@@ -92,38 +92,132 @@ class PerExampleGradients(GradSampleModule):
                 vars(module).pop(name, None)
 
 
+def freeze_tokens(method: nn.Module) -> list[str]:
+    """Take class, mask and position tokens out of a private training; returns their names."""
+    frozen = [name for name, _ in method.named_parameters() if name.split(".")[-1] in TOKENS]
+    for name in frozen:
+        method.get_parameter(name).requires_grad_(False)
+    return frozen
+
+
+class _SameForAll:
+    """Stands for the generator of a step: all images of a batch get the same draws, alone and in any batch."""
+
+    def __init__(self, seed: int):
+        self._rng = seeds.rng(seed, "compare-gradients")
+
+    def random(self, size: Sequence[int], dtype: type = np.float64) -> np.ndarray:
+        return np.repeat(self._rng.random((1, *size[1:]), dtype), size[0], axis=0)
+
+
+def compare_gradients(
+    method: nn.Module, images: Tensor, labels: Tensor | None = None, *, seed: int = 0
+) -> dict[str, float]:
+    """Compare the per-example gradients that opacus computes of a batch with those of each image alone.
+
+    Args:
+        method: in training mode, with ``losses``; its weights are not changed, its dropout is in eval mode meanwhile.
+        images: (B, 3, H, W) uint8; ``labels`` (B, H, W) for segmenters.
+        seed: of the masks.
+
+    Returns:
+        Parameter -> the largest difference over the images, relative to the norm of the gradient of one image alone
+        (at least a thousandth of the norm over all parameters); nan where a parameter gets no gradient at all. A
+        network that can't give per-example gradients raises ValueError.
+    """
+    resting = [m for m in method.modules() if m.training and type(m).__name__.startswith("Drop")]
+    trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
+
+    def compute(rows: slice) -> Tensor:
+        extra = {} if labels is None else {"labels": labels[rows]}
+        settings = dict(augmentation="none", size=method.input_size, progress=0.0)
+        return method.losses(images[rows], rng=_SameForAll(seed), **settings, **extra).sum()
+
+    def compute_alone(row: int) -> dict[str, Tensor | None]:
+        made = torch.autograd.grad(compute(slice(row, row + 1)), list(trained.values()), allow_unused=True)
+        return dict(zip(trained, made, strict=True))
+
+    for module in resting:
+        module.eval()
+    try:
+        alone = [compute_alone(row) for row in range(len(images))]
+        hooked = PerExampleGradients(method, loss_reduction="sum")
+        hooked.backward(compute(slice(None)))
+        together = {name: p.grad_sample for name, p in trained.items()}
+        hooked.close()
+    except (RuntimeError, AttributeError, ValueError) as error:
+        buffers = isinstance(error, NotImplementedError)  # opacus' validator, a page long
+        reason = "a trained layer holds buffers" if buffers else str(error).splitlines()[0][:160]
+        raise ValueError(f"this network gives no per-example gradients, so it can't be private ({reason})") from None
+    finally:
+        for module in resting:
+            module.train()
+        for p in trained.values():
+            p.grad = None
+    least = [1e-3 * math.sqrt(sum(float(g.square().sum()) for g in one.values() if g is not None)) for one in alone]
+    return {name: _compare([one[name] for one in alone], together[name], least) for name in trained}
+
+
+def _compare(alone: list[Tensor | None], together: Tensor | list | None, least: list[float]) -> float:
+    """Largest relative difference of one parameter's gradients; what is no (B, ...) tensor is wrong altogether."""
+    if together is None:
+        return math.nan if all(one is None for one in alone) else math.inf
+    if not isinstance(together, Tensor) or len(together) != len(alone):
+        return math.inf
+    worst = 0.0
+    for mine, one, floor in zip(together, alone, least, strict=True):
+        expected = torch.zeros_like(mine) if one is None else one
+        scale = max(float(expected.norm()), floor)
+        worst = max(worst, float((mine - expected).norm()) / scale if scale else float(mine.norm() > 0))
+    return worst
+
+
+def require_private(method: nn.Module, images: Tensor, labels: Tensor | None = None) -> list[str]:
+    """Refuse a network whose images are not told apart exactly; returns parameters that no image ever moves.
+
+    Arguments as in :func:`compare_gradients`; two or three images suffice. Batch norm, no per-example gradients, or
+    wrong ones raise ValueError.
+    """
+    norms = [name for name, m in method.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        raise ValueError(
+            f"a network with batch norm can't be private ({norms[0]} and {len(norms) - 1} more): it mixes the images "
+            "of a batch; expected group norm (option norm: group of a segmenter)"
+        )
+    errors = compare_gradients(method, images, labels)
+    wrong = {name: error for name, error in errors.items() if error > TOLERANCE}
+    if wrong:
+        name = max(wrong, key=wrong.get)
+        raise ValueError(
+            f"this network can't be private: per-example gradients of {len(wrong)} of {len(errors)} parameters differ "
+            f"from those of each image alone, most of all {name} (by {wrong[name]:.2g} of its size)"
+        )
+    return [name for name, error in errors.items() if math.isnan(error)]
+
+
 class PrivateSteps:
     """Takes the optimizer steps of a private training.
 
     Args:
-        method: network with ``losses(images, ...) -> (B,)``, one loss per image; in training mode.
+        method: network with ``losses(images, ...) -> (B,)``, one loss per image; in training mode. One that can't be
+            private raises ValueError.
         optimizer: over its parameters.
-        plan: of :func:`mia_utils.models.outputs.plan_privacy`.
-        images: (N, 3, H, W) uint8, the members.
-        labels: (N, H, W) for segmenters.
+        plan: of ``accounting.plan_privacy``.
+        images: (N, 3, H, W) uint8, the members; ``labels`` (N, H, W) for segmenters.
         seed: of batches, noise, masks and augmentation.
-
-    Raises:
-        ValueError: the network can't be private; one line with the reason.
     """
 
     def __init__(
-        self,
-        method: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        plan: dict,
-        *,
-        images: Tensor,
-        labels: Tensor | None = None,
-        seed: int = 0,
-    ):
+        self, method: nn.Module, optimizer: torch.optim.Optimizer, plan: dict, *, images: Tensor,
+        labels: Tensor | None = None, seed: int = 0,
+    ):  # fmt: skip
         self.method, self.images, self.labels, self.seed = method, images, labels, seed
         self.sample_rate = plan["sample_rate"]
         for module in method.modules():  # an activation that overwrites its input breaks opacus' hooks
             if getattr(module, "inplace", False):
                 module.inplace = False
         some = slice(0, 2)
-        for name in outputs.require_private(method, images[some], None if labels is None else labels[some]):
+        for name in require_private(method, images[some], None if labels is None else labels[some]):
             method.get_parameter(name).requires_grad_(False)  # never used, for example stages behind encoder_depth
         self._hooked = PerExampleGradients(method, loss_reduction="sum")
         self.optimizer = DPOptimizer(
@@ -160,7 +254,7 @@ class PrivateSteps:
                 )
                 self._hooked.backward(losses.sum())
                 total += losses.detach().sum()
-            else:  # nobody was drawn: the step is noise alone, and it counts
+            else:  # no image was drawn: the step is noise alone, and it counts
                 for p in self.optimizer.params:
                     p.grad_sample = p.new_zeros((0, *p.shape))
             self.optimizer.signal_skip_step(do_skip=index + 1 < len(parts))

@@ -5,10 +5,10 @@ Source: Chen et al. 2020 (arXiv 2002.05709); loss and head from lightly.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
+from numpy.random import Generator
 from torch import Tensor, nn
 
 from mia_utils.models import views
@@ -31,14 +31,9 @@ class SimCLR(nn.Module):
     pooling = "mean"
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        input_size: int,
-        temperature: float = 0.2,
-        hidden_dim: int = 256,
+        self, backbone: nn.Module, *, input_size: int, temperature: float = 0.2, hidden_dim: int = 256,
         output_dim: int = 128,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.backbone = backbone
         encoder = from_module(backbone, arch="resnet_32" if input_size <= 64 else "resnet", method="simclr")
@@ -46,9 +41,7 @@ class SimCLR(nn.Module):
         self.head = SimCLRProjectionHead(encoder.dim, hidden_dim, output_dim)
         self.criterion = NTXentLoss(temperature=temperature)
 
-    def loss(
-        self, images: Tensor, *, augmentation: str, size: int, rng: np.random.Generator, progress: float
-    ) -> Tensor:
+    def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """NT-Xent over two views of a batch (B, 3, H, W) uint8, against the images of all processes."""
         settings = views.parse_augmentation(augmentation)
         both = torch.cat([inputs.augment(images, size=size, rng=rng, **settings) for _ in range(2)])

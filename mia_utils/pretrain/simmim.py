@@ -34,14 +34,9 @@ class SimMIM(MaskedImageModel):
     penalize = staticmethod(torch.abs)  # L1
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        input_size: int,
-        mask_ratio: float = 0.6,
-        mean: Sequence[float] = HALF,
+        self, backbone: nn.Module, *, input_size: int, mask_ratio: float = 0.6, mean: Sequence[float] = HALF,
         std: Sequence[float] = HALF,
-    ):
+    ):  # fmt: skip
         is_swin = hasattr(backbone, "layers") and getattr(backbone, "output_fmt", "") == "NHWC"
         if not hasattr(backbone, "patch_embed") or not (is_swin or hasattr(backbone, "blocks")):
             raise ValueError(f"simmim needs a plain ViT or a Swin, got {type(backbone).__name__}")

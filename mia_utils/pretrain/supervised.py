@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -33,14 +33,7 @@ class Supervised(nn.Module):
         self.head = nn.Linear(encoder.dim, n_classes)
 
     def loss(
-        self,
-        images: Tensor,
-        *,
-        labels: Tensor,
-        augmentation: str,
-        size: int,
-        rng: np.random.Generator,
-        progress: float,
+        self, images: Tensor, *, labels: Tensor, augmentation: str, size: int, rng: Generator, progress: float
     ) -> Tensor:
         """Cross-entropy of a batch (B, 3, H, W) uint8 with labels (B,)."""
         x = inputs.augment(images, size=size, rng=rng, **views.parse_augmentation(augmentation))

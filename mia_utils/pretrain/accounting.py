@@ -1,0 +1,123 @@
+"""Accounting of private trainings: which can be private, what noise a budget needs, what a training guarantees.
+
+Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1; Renyi accountant (Mironov et al. 2019, arXiv 1908.10530) of
+opacus, which is imported where it is used because that takes seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+ACCOUNTANT = "rdp"  # looser than "prv" by some percent, but stable for every noise and number of steps
+METHODS = ("mae", "simmim", "unet")  # whose per-example gradients were checked
+_CONTRASTIVE = "its loss compares the images of a batch, so clipping one image's gradient bounds nothing"
+_COUPLED = {name: _CONTRASTIVE for name in ("simclr", "moco", "moco-v1", "moco-v2")}
+_COUPLED["dino"] = "the center of its teacher is a mean over the batch, so clipping one image's gradient bounds nothing"
+_COUPLING_OPTIONS = {
+    "mixup": "mixes two images",
+    "distill": "trains a teacher that would not be private",
+    "minmax": "compares images",
+}
+_KEYS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
+
+
+def refuse(method: str, cls: type, privacy: dict, options: dict, *, precision: str, frozen: bool) -> None:
+    """Raise a one-line error for a training that can't be private, above all one that couples images."""
+    if not isinstance(privacy, dict) or set(privacy) - set(_KEYS):
+        raise ValueError(f"expected privacy a mapping of {', '.join(_KEYS)}, got {privacy!r}")
+    if method in _COUPLED:
+        raise ValueError(f"{method} can't be trained with privacy: {_COUPLED[method]}")
+    if not hasattr(cls, "losses"):
+        raise ValueError(
+            f"{method} can't be trained with privacy here: it has no loss per image (method losses) that was checked; "
+            f"expected one of {', '.join(METHODS)}"
+        )
+    for name, reason in _COUPLING_OPTIONS.items():
+        if options.get(name):
+            raise ValueError(f"option {name} can't be combined with privacy: it {reason}")
+    if frozen:
+        raise ValueError("privacy= goes with a whole training: a decoder over a frozen encoder= is the attacker's own")
+    if precision != "32-true":
+        raise ValueError(f"private training needs precision '32-true', got {precision!r}")
+
+
+def plan_privacy(
+    *,
+    n_images: int,
+    batch_size: int,
+    steps: int,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    delta: float = 1e-5,
+    max_grad_norm: float = 1.2,
+) -> dict[str, float | int | str]:
+    """Choose the noise of a private training for its budget, and account for it.
+
+    Args:
+        n_images: images trained on.
+        batch_size: expected size of a Poisson batch: every image is in it with probability batch_size / n_images.
+        steps: optimizer steps.
+        epsilon: budget; the noise is chosen for it. Exactly one of this and ``noise_multiplier``.
+        noise_multiplier: sd of the noise in units of ``max_grad_norm``; 0 gives no privacy.
+        delta: probability of what epsilon does not cover (usual: below 1 / n_images).
+        max_grad_norm: norm C that each image's gradient is clipped to (PartCrop's authors: 1.2).
+
+    Returns:
+        The plan: epsilon (as reached; inf without noise), delta, max_grad_norm, noise_multiplier, sample_rate, steps,
+        accountant. A value outside its range, or a budget that no noise reaches, raises ValueError.
+    """
+    given = {"delta": delta, "max_grad_norm": max_grad_norm, "epsilon": epsilon, "noise_multiplier": noise_multiplier}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"privacy: expected a finite number as {key}, got {value!r}")
+        if value < 0 or (value == 0 and key != "noise_multiplier"):
+            raise ValueError(f"privacy: expected {key} {'>=' if key == 'noise_multiplier' else '>'} 0, got {value!r}")
+    if delta >= 1:
+        raise ValueError(f"privacy: expected delta below 1, got {delta!r}")
+    if ("epsilon" in given) == ("noise_multiplier" in given):
+        raise ValueError("privacy: expected epsilon or noise_multiplier, one of the two")
+    count = dict(sample_rate=min(batch_size / n_images, 1.0), steps=int(steps))
+    if noise_multiplier is None:
+        noise_multiplier = _find_noise(epsilon, delta, **count)
+    reached = measure_epsilon(noise_multiplier=noise_multiplier, delta=delta, **count)
+    plan = dict(epsilon=reached, delta=float(delta), max_grad_norm=float(max_grad_norm))
+    return plan | dict(noise_multiplier=float(noise_multiplier), **count, accountant=ACCOUNTANT)
+
+
+def _find_noise(epsilon: float, delta: float, *, sample_rate: float, steps: int) -> float:
+    from opacus.accountants.utils import get_noise_multiplier
+
+    count = dict(sample_rate=sample_rate, steps=steps, epsilon_tolerance=min(0.01, epsilon / 100))
+    with warnings.catch_warnings(action="ignore"):  # it tells at every try that its largest order was the best one
+        try:
+            return float(
+                get_noise_multiplier(target_epsilon=epsilon, target_delta=delta, accountant=ACCOUNTANT, **count)
+            )
+        except (ValueError, OverflowError, FloatingPointError):
+            raise ValueError(
+                f"privacy: no noise reaches epsilon {epsilon:g} at delta {delta:g} with sample rate {sample_rate:.3g} "
+                f"and {steps} steps: raise epsilon or delta, or train for fewer steps"
+            ) from None
+
+
+def measure_epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    """Account for a training: the epsilon of Poisson-sampled Gaussian steps at this delta; inf without noise."""
+    if noise_multiplier == 0:
+        return math.inf
+    from opacus.accountants import create_accountant
+
+    accountant = create_accountant(mechanism=ACCOUNTANT)
+    accountant.history = [(noise_multiplier, sample_rate, steps)]
+    with warnings.catch_warnings(action="ignore"):
+        return float(accountant.get_epsilon(delta=delta))
+
+
+def describe_privacy(plan: dict) -> str:
+    """Say in one line what a private training guarantees, and by what."""
+    return (
+        f"differential privacy: epsilon {plan['epsilon']:.4g} at delta {plan['delta']:g} ({plan['accountant']}); each "
+        f"image's gradient clipped to C = {plan['max_grad_norm']:g}, noise multiplier {plan['noise_multiplier']:.4g}, "
+        f"sample rate {plan['sample_rate']:.4g}, {plan['steps']} steps"
+    )

@@ -1,0 +1,81 @@
+"""Methods of training by name: ``METHODS`` maps it to (class, defaults); ``register`` adds one from outside."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mia_utils import seeds
+from mia_utils.models import segmenters
+from mia_utils.models.encoders import Encoder, from_module, make_backbone
+from mia_utils.pretrain import dino, mae, moco, simclr, simmim, supervised
+
+METHODS: dict[str, tuple[type, dict]] = {
+    "mae": (mae.MAE, mae.DEFAULTS),
+    "simmim": (simmim.SimMIM, simmim.DEFAULTS),
+    "dino": (dino.DINO, dino.DEFAULTS),
+    "moco": (moco.MoCo, moco.DEFAULTS),
+    "moco-v1": (moco.MoCoV1, moco.DEFAULTS),
+    "moco-v2": (moco.MoCoV2, moco.DEFAULTS),
+    "simclr": (simclr.SimCLR, simclr.DEFAULTS),
+    "supervised": (supervised.Supervised, supervised.DEFAULTS),
+    **segmenters.METHODS,
+}
+
+
+def get(name: str) -> tuple[type, dict]:
+    """Return class and defaults of a method, or raise a one-line ValueError."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def register(name: str, method: type, *, lr: float, weight_decay: float, batch_size: int, augmentation: str) -> None:
+    """Add a training method with its defaults.
+
+    Args:
+        name: how profiles call it.
+        method: ``nn.Module`` with ``pooling``, ``backbone``, ``loss(images, *, augmentation, size, rng, progress)``
+            and ``after_step(progress)``; see ``pretrain/simclr.py`` for the shortest one. ``loss`` is a mean over the
+            images and draws from ``rng`` one row of numbers for each; for several processes it must reach the same
+            weights in every step, and for half precision augment with ``pretrain.inputs.augment``.
+    """
+    METHODS[name] = (method, dict(lr=lr, weight_decay=weight_decay, batch_size=batch_size, augmentation=augmentation))
+
+
+def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None, **options) -> nn.Module:
+    """Build a method with fresh weights; the global random state is left as it was.
+
+    Args:
+        name: a key of ``METHODS``.
+        arch: backbone (``encoders.ARCHS`` or a timm name).
+        seed: of the initial weights.
+        input_size: training resolution in pixels; None: the backbone's own.
+        options: keyword arguments of the method; ``dropout`` and ``drop_path`` go to the backbone.
+    """
+    cls, _ = get(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if hasattr(cls, "build"):  # a network that is no head on a backbone builds itself
+            return cls.build(arch, seed=seed, input_size=input_size, **options)
+        dropped = {key: options.pop(key, None) for key in ("dropout", "drop_path")}
+        backbone = make_backbone(arch, seed=seed, **dropped)
+        size = input_size or from_module(backbone, arch=arch, method=name).input_size
+        torch.manual_seed(seed)
+        try:
+            method = cls(backbone, input_size=size, **options)
+        except TypeError as error:
+            raise ValueError(f"{name} does not take these options: {error}") from None
+    method.input_size = size
+    return method
+
+
+def make_untrained(name: str, arch: str, *, seed: int = 0, **options) -> Encoder:
+    """Make the untrained model (control): the encoder exactly as this method would begin to train it."""
+    module = build(name, arch, seed=seed, **options).backbone
+    return from_module(module, arch=arch, method=name, name=f"untrained-{name}")
+
+
+def derive_seed(seed: int, role: str) -> int:
+    """Seed of a row's training: a target and its shadow share the split's seed, never weights or order."""
+    return seeds.derive(seed, "training", role) % 2**31
