@@ -3,8 +3,8 @@
 # Outputs are markers, never the executed notebooks: the engine deletes the output of a rule that failed.
 import json
 
-PLAN_PATH = config["plan"]
-with open(PLAN_PATH) as file:
+# the working directory is build/<profile>: no rule has a path in it, which may hold braces
+with open(config["plan"]) as file:
     PLAN = json.load(file)
 PYTHON = PLAN["python"]
 
@@ -25,7 +25,7 @@ for index, job in enumerate(PLAN["data"]):
             job=job,
         priority: 1000
         shell:
-            "{PYTHON:q} -m mia_utils.runner.jobs {PLAN_PATH:q} {params.job:q}"
+            "{PYTHON:q} -m mia_utils.runner.jobs plan.json {params.job:q}"
 
 
 for index, (job, work) in enumerate(PLAN["train"].items()):
@@ -45,7 +45,7 @@ for index, (job, work) in enumerate(PLAN["train"].items()):
         resources:
             gpu=1,
         shell:
-            "{PYTHON:q} -m mia_utils.runner.jobs {PLAN_PATH:q} {params.job:q}"
+            "{PYTHON:q} -m mia_utils.runner.jobs plan.json {params.job:q}"
 
 
 for index, (job, work) in enumerate(PLAN["notebooks"].items()):
@@ -62,4 +62,4 @@ for index, (job, work) in enumerate(PLAN["notebooks"].items()):
         threads: 1
         priority: work["priority"]
         shell:
-            "{PYTHON:q} -m mia_utils.runner.jobs {PLAN_PATH:q} {params.job:q}"
+            "{PYTHON:q} -m mia_utils.runner.jobs plan.json {params.job:q}"

@@ -26,7 +26,9 @@ find_python() { # a Python that can make the environment
   fail "expected Python 3.11 or newer, got $(python3 --version 2>/dev/null || echo 'no python3'): install one, or use conda env create -f environment.yml"
 }
 
-is_installed() { cmp -s "$root/requirements.lock" "$root/.venv/mia-installed.lock" && [ -x "$root/.venv/bin/python" ]; }
+is_installed() { cmp -s "$root/requirements.lock" "$root/.venv/mia-installed.lock" && runs; }
+
+runs() { "$root/.venv/bin/python" -c '' 2>/dev/null; } # not so when the Python that it was made of is gone
 
 pip_setting() { "$root/.venv/bin/python" -m pip config get "$1" 2>/dev/null | tr '\n' ' ' | sed 's/ *$//' || true; }
 
@@ -35,6 +37,10 @@ install() { # runs under the lock that make_environment holds
   is_installed && return
   python="$(find_python)"
   echo "making the environment in .venv: installs about 3 GB download, 6 GB on disk (once)"
+  if [ -e "$root/.venv/pyvenv.cfg" ] && ! runs; then
+    echo "the Python of .venv is gone: makes it again"
+    rm -rf "$root/.venv"
+  fi
   "$python" -m venv "$root/.venv" >&2 || fail "$python could not make .venv: install its venv module (python3-venv), or make room"
   # pip's own configuration (index, mirror, certificate) holds for uv as well, which does not read it
   local index extra links cert

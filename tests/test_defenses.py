@@ -14,7 +14,7 @@ from mia_utils.datasets import scenes
 from mia_utils.models import encoders, outputs, segmenters
 from mia_utils.pretrain import accounting, mae, privacy
 from mia_utils.protocol import metrics
-from mia_utils.runner import profiles
+from mia_utils.runner import estimates, profiles
 
 TINY = dict(arch="vit_nano_patch8_32", progress=False, device="cpu")
 SMALL = dict(encoder_depth=3, decoder_channels=(16, 8, 8))
@@ -249,7 +249,7 @@ def test_the_epsilon_agrees_with_opacus_counting_step_by_step():
 
 
 def build(method, **options):
-    network = pretrain.build(method, "mobilenet_v2" if method in segmenters.METHODS else TINY["arch"], **options)
+    network = pretrain.build(method, "mobilenet_v2" if method in segmenters.ARCHS else TINY["arch"], **options)
     privacy.freeze_tokens(network)
     for module in network.modules():
         if getattr(module, "inplace", False):
@@ -460,7 +460,7 @@ def test_a_plain_training_is_what_it_was_and_a_private_one_leaves_nothing_behind
 )
 def test_what_can_not_be_private_is_refused_in_one_line(pictures, change, message):
     settings = dict(method="mae", epochs=2, privacy={"noise_multiplier": 1.0}) | TINY | change
-    labels = pictures["masks" if settings["method"] in segmenters.METHODS else "labels"][:4]
+    labels = pictures["masks" if settings["method"] in segmenters.ARCHS else "labels"][:4]
     with pytest.raises(ValueError, match=message) as error:
         pretrain.fit(settings.pop("method"), pictures["images"][:4], labels=labels, **settings)
     assert "\n" not in str(error.value)
@@ -652,7 +652,7 @@ def test_a_wrong_defense_of_a_row_is_one_line_before_anything_runs(extra, messag
 
 def test_the_estimate_of_a_private_row_knows_what_its_gradients_cost():
     plain, private = parse(""), parse(", defense: dp-sgd, options: {privacy: {epsilon: 8}}")
-    assert profiles.estimate_seconds(private) == pytest.approx(4.5 * profiles.estimate_seconds(plain))
+    assert estimates.estimate_seconds(private) == pytest.approx(4.5 * estimates.estimate_seconds(plain))
 
 
 def test_privacy_of_a_method_that_couples_images_is_refused_in_the_profile():

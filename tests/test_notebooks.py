@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from mia_utils import course, paths
-from mia_utils.runner import profiles
+from mia_utils.runner import parameters, profiles
 
 FOLDER = paths.PACKAGE_ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
@@ -178,21 +178,21 @@ def test_checks_are_the_last_code_and_end_in_the_finding(path):
 
 @each_notebook
 def test_the_defaults_are_profile_quick(path):
-    defaults = profiles.read_parameters(path)
+    defaults = parameters.read_parameters(path)
     quick = profiles.load("quick")
-    assert profiles.merge_parameters(quick, path.stem, defaults) == defaults
+    assert parameters.merge_parameters(quick, path.stem, defaults) == defaults
 
 
 @each_notebook
 @pytest.mark.parametrize("name", [name for name in profiles.list_names() if name != "paper"])
 def test_every_profile_fits_the_notebook(path, name):
-    merged = profiles.merge_parameters(profiles.load(name), path.stem, profiles.read_parameters(path))
+    merged = parameters.merge_parameters(profiles.load(name), path.stem, parameters.read_parameters(path))
     assert merged["profile"] == name
 
 
 @each_solution
 def test_solutions_take_the_notebooks_parameters(path):
-    own, notebook = profiles.read_parameters(path), profiles.read_parameters(FOLDER / path.name)
+    own, notebook = parameters.read_parameters(path), parameters.read_parameters(FOLDER / path.name)
     assert own == {name: notebook[name] for name in own}
 
 
@@ -211,10 +211,10 @@ def smoke(tmp_path_factory):
     build = home / "build" / "smoke"
 
     def execute(path: Path) -> dict:
-        merged = profiles.merge_parameters(
-            profiles.load("smoke"), path.stem, profiles.read_parameters(FOLDER / path.name)
+        merged = parameters.merge_parameters(
+            profiles.load("smoke"), path.stem, parameters.read_parameters(FOLDER / path.name)
         )
-        own = {name: merged[name] for name in profiles.read_parameters(path)}
+        own = {name: merged[name] for name in parameters.read_parameters(path)}
         names = [
             str(path),
             str(build / f"solution-{path.stem}.ipynb"),

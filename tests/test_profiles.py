@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
-from mia_utils.runner import profiles
+from mia_utils.runner import choices, estimates, parameters, profiles
 
 ROW = "{id: a, role: target, method: mae, arch: vit_nano_patch8_32, dataset: scenes, n_train: 32, epochs: 2}"
 GOOD = f"""
@@ -59,7 +60,7 @@ def test_quick_stays_in_its_budget():
     """At most 40 rows of about 100 s each, nothing to download."""
     quick = profiles.load("quick")
     assert len(quick.models) <= 40
-    assert max(profiles.estimate_seconds(row, quick) for row in quick.models) <= 130
+    assert max(estimates.estimate_seconds(row, quick) for row in quick.models) <= 130
     assert all(name.startswith("scenes") for name in quick.datasets)
 
 
@@ -95,10 +96,34 @@ def test_photos_repeats_its_main_rows_with_three_seeds_and_nothing_else_changed(
         (("first: a", "sedes: [1]"), "profiles/mine.yaml: unknown key 'sedes' (did you mean 'seeds'?)"),
         (("first: a", "seeds: 1"), "seeds: expected a valid list, got 1"),
         (("dataset: scenes", "dataset: cifar10"), "a: dataset: expected one of datasets: (scenes), got 'cifar10'"),
-        (("n: 400", "n: 100"), "scenes: n: model a needs 184 images (members, strangers and their shadow's), got 100"),
+        (("n: 400", "n: 100"), "n: model a needs 184 images (members, non-members and their shadow's), got 100"),
         (("name: mine", "name: other"), "name: expected 'mine' (the file's name), got 'other'"),
         (("first: a", "needs: {00_x: {ids: [a]}}"), "needs: 00_x: unknown key 'ids'"),
         (("first: a", "first: [a"), "profiles/mine.yaml: line"),
+        (("first: a", "[1, 2]: a"), "line 3 a key must be text or a number"),
+        (("first: a", "first: &x a\nthreads: *x"), "line 4 aliases (*) are refused: use defaults:"),
+        (("name: mine", "name: &a [x, x]"), "name: expected a valid string, got ['x', 'x']"),
+        (("first: a", "seeds: " + "[" * 3000 + "]" * 3000), "expected at most a few levels of nesting"),
+        (("epochs: 2", "epochs: 1" + "0" * 400), "line 7 expected a finite number, got '1000"),
+        (("epochs: 2", "epochs: 1" + "0" * 5000), "line 7 expected a finite number, got '1000"),
+        (("epochs: 2", "epochs: 2, options: {lr: .nan}"), "line 7 expected a finite number, got '.nan'"),
+        (("epochs: 2", "epochs: 2, options: {lr: .inf}"), "line 7 expected a finite number, got '.inf'"),
+        (("epochs: 2", "epochs: 2, options: {lr: -1.0}"), "models: a: options: lr: expected greater than 0, got -1.0"),
+        (("epochs: 2", "epochs: 2, options: {batch_size: 0}"), "options: batch_size: expected greater than 0, got 0"),
+        (("epochs: 2", "epochs: 2, options: {mask_ratio: 2}"), "options: mask_ratio: expected less than 1, got 2"),
+        (("epochs: 2", "epochs: 2, options: {mask_ration: .5}"), "no 'mask_ration' (did you mean 'mask_ratio'?)"),
+        (("epochs: 2", "epochs: 2, options: {queue_size: 8}"), "models: a: options: mae takes no 'queue_size'"),
+        (("epochs: 2", "epochs: 2, options: {checkpoints: [1, 9]}"), "checkpoints: expected epochs up to 2, got 9"),
+        (("epochs: 2", "epochs: 2, options: {privacy: {epsilon: .inf}}"), "expected a finite number, got '.inf'"),
+        (("n: 400", "n: many"), "datasets: scenes: n: expected a valid integer, got 'many'"),
+        (("n: 400", "m: 400"), "datasets: scenes: unknown key 'm' (known: size, n, seed, stream)"),
+        (("size: 32", "size: [32]"), "size: expected a number of pixels or [height, width], got [32]"),
+        (("n_nonmembers: 120", "n_nonmembers: -1"), "split: n_nonmembers: expected greater than 0, got -1"),
+        (("n_nonmembers: 120", "n_nonmember: 1"), "split: unknown key 'n_nonmember' (did you mean 'n_nonmembers'?)"),
+        (("first: a", "splits: {scene: {n_nonmembers: 3}}"), "unknown data set 'scene' (did you mean 'scenes'?)"),
+        (("first: a", "defaults: {epoch: 3}"), "defaults: unknown key 'epoch' (did you mean 'epochs'?)"),
+        (("first: a", "defaults: {mae: {mae: 3}}"), "defaults: mae: unknown key 'mae'"),
+        (("first: a", "defaults: 3"), "defaults: expected fields of rows, got 3"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_file_section_and_key(change, said):
@@ -113,6 +138,48 @@ def test_a_mistake_is_one_line_with_file_section_and_key(change, said):
 def test_two_rows_of_one_id_are_refused():
     with pytest.raises(ValueError, match="two rows have the id 'a'"):
         profiles.parse(GOOD + f"  - {ROW}\n", source="p", name="mine")
+
+
+def test_rows_inherit_defaults_and_their_own_entries_win():
+    text = GOOD.replace(
+        "first: a", "defaults: {epochs: 5, arch: x, options: {lr: .1}, mae: {epochs: 4, options: {mask_ratio: .5}}}"
+    )
+    bare = "{id: b, role: shadow, method: mae, dataset: scenes, n_train: 32}"
+    other = (
+        bare.replace("id: b", "id: c").replace("mae", "dino")
+        + "\n  - "
+        + bare.replace("id: b", "id: d, epochs: 1, options: {}")
+    )
+    profile = profiles.parse(f"{text}  - {bare}\n  - {other}\n", source="p")
+    found = {row.id: (row.arch, row.epochs, row.options) for row in profile.models}
+    mask, lr = {"mask_ratio": 0.5}, {"lr": 0.1}
+    assert found == {"a": ("vit_nano_patch8_32", 2, mask), "b": ("x", 4, mask), "c": ("x", 5, lr), "d": ("x", 1, {})}
+
+
+def test_the_options_written_down_are_those_of_the_signatures():
+    import segmentation_models_pytorch as smp
+
+    from mia_utils import datasets, pretrain
+    from mia_utils.models import encoders, segmenters
+    from mia_utils.protocol import splits
+
+    def names(function) -> set[str]:
+        return set(inspect.signature(function).parameters)
+
+    assert set(choices.FIT_OPTIONS) <= names(pretrain.fit)
+    assert set(choices.METHODS) == set(pretrain.METHODS) == set(choices.METHOD_OPTIONS)
+    for method, (cls, _) in pretrain.METHODS.items():
+        own = set(choices.METHOD_OPTIONS[method]) - {"dropout", "drop_path", "input_size"}
+        if method in choices.SEGMENTERS:
+            trained = names(cls.__init__) - {"self", "backbone", "input_size", "n_classes", "teacher"} | {"norm"}
+            network = names(getattr(smp, segmenters.ARCHS[method][0]).__init__)
+            strange = {"self", "encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params"}
+            assert own | {"dropout"} == trained | (network - strange - {"kwargs"}), method
+        else:
+            assert own == names(cls.__init__) - {"self", "backbone", "input_size", "n_classes"}, method
+    assert set(encoders.ARCHS) <= set(choices.ARCHS)
+    assert set(profiles.DataArguments.__annotations__) == names(datasets.load) - {"name", "root", "void"}
+    assert set(profiles.SplitArguments.__annotations__) == names(splits.draw) - {"pool", "n_members", "seed"}
 
 
 def test_scientific_notation_is_a_number():
@@ -152,13 +219,13 @@ def test_parameters_are_read_with_comments_annotations_and_hashes_in_text(tmp_pa
     )
     path = write_notebook(tmp_path / "00_a.ipynb", text)
     expected = {"n": 3, "limit": None, "color": "#ff0000", "scales": [[0.08, 0.2], [0.5, 1.0]], "x": -1.5}
-    assert profiles.read_parameters(path) == expected
+    assert parameters.read_parameters(path) == expected
 
 
 @pytest.mark.parametrize("line", ["n = 2 * 3", "n = len('a')", "import os", "a = b = 1 + c"])
 def test_a_parameter_that_is_no_literal_is_refused(tmp_path, line):
     with pytest.raises(ValueError, match="notebooks/00_a.ipynb: parameters: expected name = literal"):
-        profiles.read_parameters(write_notebook(tmp_path / "00_a.ipynb", line))
+        parameters.read_parameters(write_notebook(tmp_path / "00_a.ipynb", line))
 
 
 @pytest.mark.parametrize(
@@ -179,27 +246,27 @@ def test_a_wrong_override_names_notebook_and_key(overrides, said):
     defaults = {"profile": "quick", "n_crops": 64, "scale": 0.5, "sizes": [8, 16], "model_id": "a", "model_ids": ["a"]}
     profile = profiles.parse(GOOD + f"notebooks: {{03_x: {overrides}}}\n", source="p")
     with pytest.raises(ValueError) as error:
-        profiles.merge_parameters(profile, "03_x", defaults)
+        parameters.merge_parameters(profile, "03_x", defaults)
     assert str(error.value).startswith("profiles/mine.yaml: notebooks: 03_x: ")
     assert said in str(error.value)
 
 
 def test_overrides_replace_defaults_and_the_profile_is_named():
     profile = profiles.parse(GOOD + "notebooks: {03_x: {scale: 1, n: 7}}\n", source="p")
-    merged = profiles.merge_parameters(profile, "03_x", {"profile": "quick", "scale": 0.5, "n": None})
+    merged = parameters.merge_parameters(profile, "03_x", {"profile": "quick", "scale": 0.5, "n": None})
     assert merged == {"profile": "mine", "scale": 1, "n": 7}
 
 
 @pytest.mark.parametrize("name", ["smoke", "quick", "photos", "paper"])
 def test_every_override_of_the_four_profiles_fits_its_notebook(name):
-    found, profile = profiles.find_notebooks(), profiles.load(name)
+    found, profile = parameters.find_notebooks(), profiles.load(name)
     assert set(profile.notebooks) <= set(found)
     for notebook, path in found.items():
-        profiles.merge_parameters(profile, notebook, profiles.read_parameters(path))
+        parameters.merge_parameters(profile, notebook, parameters.read_parameters(path))
 
 
 def test_the_defaults_written_in_the_notebooks_are_quick():
     quick = profiles.load("quick")
-    for notebook, path in profiles.find_notebooks().items():
-        defaults = profiles.read_parameters(path)
-        assert profiles.merge_parameters(quick, notebook, defaults) == defaults
+    for notebook, path in parameters.find_notebooks().items():
+        defaults = parameters.read_parameters(path)
+        assert parameters.merge_parameters(quick, notebook, defaults) == defaults

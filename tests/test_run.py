@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 from test_profiles import write_notebook
 
 from mia_utils import paths
-from mia_utils.runner import artifacts, jobs, profiles, run, train
+from mia_utils.runner import artifacts, engine, estimates, jobs, profiles, run, train
+from mia_utils.runner.plan import Plan, make_plan
 
 ROOT = paths.PACKAGE_ROOT
 PARAMETERS = 'profile = "quick"\nn = 3  # paper: 128'
@@ -96,13 +98,13 @@ def test_a_row_is_trained_once_and_found_by_the_next_run(home):
     data = "first: a\ndatasets: {scenes: {size: 32, n: 200}}\nsplit: {n_nonmembers: 60, n_shadow_nonmembers: 20}"
     write_profile(home, data, rows=[ROW.format(id="a", dataset="scenes")])
     (home / "notebooks").mkdir()
-    plan = run.make_plan("tiny")
+    plan = make_plan("tiny")
     assert [row.id for row in plan.missing] == ["a"]
     first = call("tiny")
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout.splitlines()[0].startswith("profile tiny: 1 model to train (0 of 1 done)")
     assert any(line.startswith("trained a (") and line.endswith(" 1/1") for line in first.stdout.splitlines())
-    again = run.make_plan("tiny")
+    again = make_plan("tiny")
     assert not again.missing and again.done["a"].parent == home / "data/artifacts"
     shown = call("tiny", "--plan").stdout
     assert "0 models to train, 0.00 GB" in shown
@@ -113,8 +115,8 @@ def test_a_row_is_trained_once_and_found_by_the_next_run(home):
 def test_a_row_that_ends_while_the_statuses_are_read_is_found_and_the_run_is_good(home, monkeypatch, capsys, n_updates):
     write_profile(home, "datasets: {scenes: {n: 3500}}", rows=[ROW.format(id="a", dataset="scenes")])
     (home / "notebooks").mkdir()
-    plan, read = run.make_plan("tiny"), jobs.read_json
-    echo = run.Echo(plan, "now")
+    plan, read = make_plan("tiny"), jobs.read_json
+    echo = engine.Echo(plan, "now")
 
     def end_after_reading(path: Path):
         """The job ends right behind the first look at its status."""
@@ -135,17 +137,18 @@ def test_a_row_that_ends_while_the_statuses_are_read_is_found_and_the_run_is_goo
 
 
 @pytest.mark.parametrize(
-    ("ok", "made", "engine", "code"), [(True, True, 0, 0), (False, True, 0, 1), (True, False, 0, 1), (True, True, 1, 1)]
+    ("ok", "made", "engine_code", "code"),
+    [(True, True, 0, 0), (False, True, 0, 1), (True, False, 0, 1), (True, True, 1, 1)],
 )
-def test_the_exit_code_follows_from_artifacts_and_statuses_on_the_disk(home, ok, made, engine, code):
+def test_the_exit_code_follows_from_artifacts_and_statuses_on_the_disk(home, ok, made, engine_code, code):
     write_profile(home, "datasets: {scenes: {n: 3500}}", rows=[ROW.format(id="a", dataset="scenes")])
     (home / "notebooks").mkdir()
-    plan = run.make_plan("tiny")
+    plan = make_plan("tiny")
     if made:
         artifacts.load_or_make(train.spec_of(plan.profile, plan.missing[0]), lambda folder: None)
     jobs.write_json(plan.build / "status/train-a.json", {"run": "now", "ok": ok, "seconds": 1.0, "message": "no"})
-    assert run.Echo(plan, "now").finish(engine) == code
-    assert run.Echo(plan, "another").finish(engine) == 1  # the status of another run says nothing
+    assert engine.Echo(plan, "now").finish(engine_code) == code
+    assert engine.Echo(plan, "another").finish(engine_code) == 1  # the status of another run says nothing
 
 
 def wait_for(condition, seconds: float = 240.0) -> None:
@@ -166,6 +169,9 @@ def test_bad_input_is_one_line_before_any_work(home):
     write_profile(home, "datasets: {cityscapes: {}}", rows=lost, name="no-data")
     assert "unknown profile 'qick': expected one of" in refuse("qick")
     assert "unknown notebook '05': expected one of 00" in refuse("tiny", "05")
+    assert "unknown notebook '³': expected one of 00" in refuse("tiny", "³")
+    assert "MIA_HOME: expected a folder, got an empty text" in call("tiny", MIA_HOME="").stderr
+    assert "OMP_NUM_THREADS: expected a number of at least 1, got 'abc'" in refuse("tiny", OMP_NUM_THREADS="abc")
     assert "unknown option '--pln'" in refuse("tiny", "--pln")
     assert "profiles/unknown-key.yaml: notebooks: 00_a: unknown key 'm' (known: profile, n)" in refuse("unknown-key")
     assert "profiles/wrong-type.yaml: notebooks: 00_a: n: expected an int, got 'few'" in refuse("wrong-type")
@@ -193,11 +199,68 @@ def test_a_missing_data_set_skips_its_rows_only(home):
     assert done.stdout.splitlines()[0].startswith(expected)
     assert "lost      skipped" in done.stdout and "here      to train" in done.stdout
     (home / "data/raw/tiny-imagenet-200").mkdir(parents=True)
-    assert run.make_plan("tiny").skipped == {}
+    assert make_plan("tiny").skipped == {}
+
+
+@pytest.mark.parametrize(
+    ("datasets", "dataset", "said"),
+    [
+        ("cifar1O: {}", "cifar1O", "datasets: unknown 'cifar1O' (did you mean 'cifar10'?); others are folder:PATH"),
+        ("camvid@frame: {}", "camvid@frame", "unknown 'frame' (did you mean 'frames'?)"),
+        ('"folder:": {}', '"folder:"', "expected folder:PATH, got 'folder:'"),
+    ],
+)
+def test_a_misspelt_data_set_is_an_error_and_no_skipped_row(home, datasets, dataset, said):
+    write_profile(home, f"datasets: {{{datasets}}}", rows=[ROW.format(id="a", dataset=dataset)])
+    (home / "notebooks").mkdir()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make_plan("tiny")
+    raw = home / "data/raw"
+    raw.mkdir(parents=True)
+    (raw / "cifar1O.npz").touch()  # a file of one's own
+    if dataset == "cifar1O":
+        assert [row.id for row in make_plan("tiny").missing] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("method", "arch", "said"),
+    [("mae", "vit_tiny_patch16_224", None), ("mae", "vit_nano_patch8_23", "did you mean 'vit_nano_patch8_32'?")]
+    + [("unet", "efficientnet-b0", None), ("unet", "hf-hub:evil/model", "unet knows no 'hf-hub:evil/model'")],
+)
+def test_an_architecture_is_known_before_any_work(home, method, arch, said):
+    row = ROW.format(id="a", dataset="scenes").replace("vit_nano_patch8_32", arch).replace("mae", method)
+    write_profile(home, "datasets: {scenes: {n: 3500}}", rows=[row])
+    (home / "notebooks").mkdir()
+    if said is None:
+        assert [row.arch for row in make_plan("tiny").missing] == [arch]
+    else:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            make_plan("tiny")
+
+
+def test_a_path_with_braces_a_broken_startup_file_another_kernel_and_a_narrow_umask_change_nothing(home):
+    moved = home / "a {b} {0}"
+    write_notebook(moved / "notebooks/00_a.ipynb", PARAMETERS, "import sys; print('FINDING 00', n, sys.executable)")
+    (moved / "profiles").mkdir()
+    (moved / "profiles/tiny.yaml").write_text("name: tiny\n")
+    startup, other = home / "user/profile_default/startup/00.py", home / "jupyter/kernels/python3/kernel.json"
+    for path, text in ((startup, "raise SystemExit(3)"), (other, '{"argv": ["/bin/false"], "display_name": "x"}')):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    user = {"IPYTHONDIR": str(home / "user"), "JUPYTER_PATH": str(home / "jupyter"), "MIA_HOME": str(moved)}
+    previous = os.umask(0o077)
+    try:
+        done = call("tiny", **user)
+    finally:
+        os.umask(previous)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"00 3 {sys.executable}" in done.stdout.splitlines()
 
 
 def test_a_plan_writes_nothing_and_needs_no_torch(home):
-    code = "import sys; from mia_utils.runner import run; run.main(['smoke', '--plan']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from mia_utils.runner import run; run.main(['smoke', '--plan']); assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{len(profiles.load('smoke').models)} models to train" in done.stdout and "GB, about" in done.stdout
@@ -209,7 +272,7 @@ def test_the_first_row_and_its_notebook_go_before_all_others(home):
         write_notebook(home / f"notebooks/{name}.ipynb", PARAMETERS, "1")
     rows = [ROW.format(id=name, dataset="scenes") for name in ("b", "a", "c")]
     write_profile(home, "first: a\ndatasets: {scenes: {n: 3500}}", rows=rows)
-    graph = run.make_plan("tiny").to_json("now")
+    graph = make_plan("tiny").to_json("now")
     priority = {job: work["priority"] for job, work in {**graph["train"], **graph["notebooks"]}.items()}
     order = ["train-a", "00_start", "train-b", "train-c", "03_attack", "08_end"]
     assert sorted(priority, key=priority.get, reverse=True) == order
@@ -223,32 +286,36 @@ def test_named_notebooks_bring_only_what_they_need(home):
         write_notebook(home / f"notebooks/{name}.ipynb", PARAMETERS, "1")
     rows = [ROW.format(id=name, dataset="scenes") for name in ("a", "b")]
     write_profile(home, "first: a\ndatasets: {scenes: {n: 3500}}", rows=rows)
-    only = run.make_plan("tiny", ["00"])
+    only = make_plan("tiny", ["00"])
     assert list(only.notebooks) == ["00_start"] and [row.id for row in only.missing] == ["a"]
-    assert [row.id for row in run.make_plan("tiny", ["3"]).missing] == ["a", "b"]
+    assert [row.id for row in make_plan("tiny", ["3"]).missing] == ["a", "b"]
 
 
 def test_smoke_packs_its_rows_into_two_processes_of_like_length():
     profile = profiles.load("smoke")
-    plan = run.Plan(profile, {}, missing=list(profile.models))
+    plan = Plan(profile, {}, missing=list(profile.models))
     packs = list(plan.train_jobs().values())
     assert len(packs) == 2
     assert sorted(row.id for pack in packs for row in pack) == sorted(row.id for row in profile.models)
-    lengths = [sum(profiles.estimate_seconds(row, plan.profile) for row in pack) for pack in packs]
+    lengths = [sum(estimates.estimate_seconds(row, plan.profile) for row in pack) for pack in packs]
     assert max(lengths) <= 2 * min(lengths)
 
 
 def test_the_engines_own_arguments_win():
-    plan = run.Plan(profiles.load("smoke"), {})
-    assert run.get_engine_command(plan, [])[-2:] == ["--cores", "2"]
-    assert run.get_engine_command(plan, ["--cores", "4"]).count("--cores") == 1
-    assert "--cores" not in run.get_engine_command(plan, ["-j4"])
-    assert {"--nolock", "--rerun-incomplete", "--keep-going"} < set(run.get_engine_command(plan, []))
+    plan = Plan(profiles.load("smoke"), {})
+    assert engine.get_command(plan, [])[-2:] == ["--cores", "2"]
+    assert engine.get_command(plan, ["--cores", "4"]).count("--cores") == 1
+    assert "--cores" not in engine.get_command(plan, ["-j4"])
+    assert {"--nolock", "--rerun-incomplete", "--keep-going"} < set(engine.get_command(plan, []))
 
 
 def test_what_the_engine_would_refuse_is_one_line_before_any_work(home):
     write_notebook(home / "notebooks/00_a.ipynb", PARAMETERS, "1")
     write_profile(home)
+    for name, value in (("cores", 0), ("jobs", -1)):
+        said = f"error: engine: --{name}: expected a number of at least 1, got {value}\n"
+        assert refuse("tiny", "--", f"--{name}", str(value)) == said
+    assert "must be integer or 'all'" in refuse("tiny", "--", "--cores", "x")
     assert refuse("tiny", "--", "--nonsense") == "error: engine: unrecognized arguments: --nonsense\n"
     assert refuse("tiny", "--", "--executor", "moon") == (
         "error: engine: executor 'moon' is not installed: pip install snakemake-executor-plugin-moon\n"
@@ -256,12 +323,12 @@ def test_what_the_engine_would_refuse_is_one_line_before_any_work(home):
 
 
 def test_an_executor_elsewhere_gets_a_number_of_jobs_and_no_cores(monkeypatch):
-    plan, asked = run.Plan(profiles.load("paper"), {}), {"executor": "slurm", "cores": None, "dryrun": False}
-    monkeypatch.setattr(run, "read_engine_arguments", lambda _: argparse.Namespace(**asked, jobs=20))
-    assert "--cores" not in run.get_engine_command(plan, ["--workflow-profile", "cluster"])
-    monkeypatch.setattr(run, "read_engine_arguments", lambda _: argparse.Namespace(**asked, jobs=None))
+    plan, asked = Plan(profiles.load("paper"), {}), {"executor": "slurm", "cores": None, "dryrun": False}
+    monkeypatch.setattr(engine, "read_arguments", lambda _: argparse.Namespace(**asked, jobs=20))
+    assert "--cores" not in engine.get_command(plan, ["--workflow-profile", "cluster"])
+    monkeypatch.setattr(engine, "read_arguments", lambda _: argparse.Namespace(**asked, jobs=None))
     with pytest.raises(ValueError, match="engine: executor 'slurm' needs the number of jobs at once: add --jobs N"):
-        run.get_engine_command(plan, ["--executor", "slurm"])
+        engine.get_command(plan, ["--executor", "slurm"])
 
 
 def write_cluster_profile(folder: Path, *more: str) -> Path:
@@ -274,14 +341,14 @@ def write_cluster_profile(folder: Path, *more: str) -> Path:
 
 
 def test_the_cluster_example_holds_the_engines_own_options_and_is_no_profile_of_models(tmp_path):
-    asked = run.read_engine_arguments(["--workflow-profile", str(write_cluster_profile(tmp_path / "good"))])
+    asked = engine.read_arguments(["--workflow-profile", str(write_cluster_profile(tmp_path / "good"))])
     assert (asked.executor, asked.jobs, asked.retries, asked.latency_wait) == ("local", 20, 2, 60)
     given = dict(text.split("=") for text in asked.default_resources.args)
     assert given["gpu"] == "1" and int(given["cpus_per_task"]) == profiles.load("paper").threads
     assert {"slurm_partition", "runtime", "mem_mb"} < set(given)
     wrong = write_cluster_profile(tmp_path / "wrong", "jobz: 3")
     with pytest.raises(ValueError, match="^engine: unrecognized arguments: --jobz"):
-        run.read_engine_arguments(["--workflow-profile", str(wrong)])
+        engine.read_arguments(["--workflow-profile", str(wrong)])
     assert "cluster" not in profiles.list_names() and "config" not in profiles.list_names()
 
 

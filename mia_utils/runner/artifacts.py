@@ -1,12 +1,15 @@
 """What was computed once is found again: folders named after what they are, with a ``meta.json``.
 
 Identity is what a result depends on (kind, parameters, seed, data, RECIPE of the stage) and nothing else. Commit,
-versions, device and seconds are provenance: recorded, never compared. Nothing here imports torch.
+versions, device and seconds are provenance: recorded, never compared. ``meta.json`` keeps a digest of every file, which
+is compared before the file is believed. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +29,12 @@ from mia_utils import paths
 
 # Raised when the result of a stage changes, so that old artifacts are not taken for new ones.
 RECIPES = {"scenes": 1, "encoder": 1, "decoder": 1, "features": 1, "scores": 2}
+TRAINED = ("encoder",)  # kinds that take hours: a damaged one is named, all others are made again
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+class Damaged(ValueError):
+    """An artifact that is not what it says; the message is one line that names the file."""
 
 
 def hash_spec(spec: dict[str, Any]) -> str:
@@ -41,42 +50,91 @@ def name_of(spec: dict[str, Any]) -> str:
 
 
 def find(spec: dict[str, Any]) -> Path | None:
-    """Return the folder of a finished artifact from the search path, None when it has to be made."""
+    """Return the folder of a finished artifact from the search path, None when it has to be made.
+
+    A damaged one of hours of work is an error of one line; another is passed over. The bytes of files are compared
+    where they are read: see ``verify``.
+    """
     for folder in paths.get_artifact_dirs():
         path = folder / name_of(spec)
         if (path / "meta.json").is_file():
+            try:
+                meta = read_meta(path)
+                for name in meta.get("files", {}):
+                    if not (path / name).is_file() or not (path / name).stat().st_size:
+                        raise Damaged(f"{path.name}: {name} is missing or empty: put it back or delete the folder")
+            except Damaged:
+                if spec["kind"] in TRAINED:
+                    raise
+                continue
             return path
     return None
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Return ``meta.json`` of an artifact: ``spec``, ``provenance`` and what its maker added."""
+    """Return ``meta.json`` of an artifact: ``spec``, ``provenance``, ``files`` and what its maker added."""
     try:
-        return json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"artifact {path.name} has no readable meta.json ({error}): delete the folder") from None
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        told, digest = name_of(meta["spec"]), meta.pop("digest", None)
+        if not isinstance(meta.get("files", {}), dict) or not isinstance(meta.get("provenance", {}), dict):
+            raise ValueError("files or provenance is no mapping")
+        if digest not in (None, _hash_text(meta)):
+            raise ValueError("it was changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise Damaged(f"{path.name}/meta.json can't be read ({reason}): put it back or delete the folder") from None
+    if told != path.name:
+        raise Damaged(f"{path.name}/meta.json is that of {told}: folders were exchanged; put them back or delete them")
+    return meta
+
+
+@functools.cache  # once per process
+def verify(path: Path) -> None:
+    """Compare every file of an artifact with its digest; one of an earlier version, without digests, passes.
+
+    Raises:
+        Damaged: one line that names the file.
+    """
+    for name, digest in read_meta(path).get("files", {}).items():
+        try:
+            same = hash_file(path / name) == digest
+        except OSError as error:
+            raise Damaged(f"{path.name}: {name} can't be read ({error.strerror}): delete the folder") from None
+        if not same:
+            raise Damaged(f"{path.name}: {name} was changed since it was written: put it back or delete the folder")
+
+
+def hash_file(path: Path) -> str:
+    """Return the digest of a file (blake2b, 16 bytes, as hex)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _hash_text(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def get_commit() -> str:
+    """Return the commit of this checkout; "unknown" without git, or where the repository is another project's."""
+    command = ["git", "-C", str(paths.PACKAGE_ROOT), "rev-parse", "--show-toplevel", "--short", "HEAD"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        return "unknown"
+    return said[1] if len(said) == 2 and Path(said[0]).resolve() == paths.PACKAGE_ROOT else "unknown"
 
 
 def get_provenance() -> dict[str, Any]:
     """Return commit, versions and machine: recorded beside a result, never part of its identity."""
-
-    def version(name: str) -> str:
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "timm", "lightly", "scikit-learn", "numpy"):
         try:
-            return metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            return "absent"
-
-    commit = subprocess.run(
-        ["git", "-C", str(paths.PACKAGE_ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    libraries = ("torch", "torchvision", "timm", "lightly", "scikit-learn", "numpy")
-    return {
-        "commit": commit or "unknown",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
-        "machine": platform.machine(),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "made": time.strftime("%Y-%m-%d %H:%M"),
-    }
+            versions[name] = "absent"
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    made = {"machine": platform.machine(), "threads": threads, "made": time.strftime("%Y-%m-%d %H:%M")}
+    return {"commit": get_commit(), "versions": versions, **made}
 
 
 def get_work_dir(spec: dict[str, Any]) -> Path:
@@ -84,8 +142,22 @@ def get_work_dir(spec: dict[str, Any]) -> Path:
     return paths.get_artifact_dirs()[0] / ".unfinished" / name_of(spec)
 
 
+def _find_whole(spec: dict[str, Any]) -> Path | None:
+    """Return the verified artifact of a spec; None where it has to be made, or made again."""
+    found = find(spec)
+    try:
+        if found:
+            verify(found)
+        return found
+    except Damaged as error:
+        if spec["kind"] in TRAINED:
+            raise
+        print(f"{error}; it is made again", flush=True)
+        return None
+
+
 def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | None], *, wait: float = -1) -> Path:
-    """Return the artifact of a spec; make it when there is none.
+    """Return the artifact of a spec, verified; make it when there is none, or when it is damaged and quickly made.
 
     Args:
         spec: ``kind``, an optional ``readable`` part of the name, and everything the result depends on.
@@ -97,55 +169,68 @@ def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | N
         another name, under a lock, and renamed.
 
     Raises:
-        ValueError: the folder of artifacts can't be written, or the wait ended.
+        ValueError: the folder of artifacts can't be written, the wait ended, or hours of work are damaged.
     """
-    found = find(spec)
+    found = _find_whole(spec)
     if found:
         return found
-    root = paths.get_artifact_dirs()[0]
     work = get_work_dir(spec)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / ".unfinished" / f"{name_of(spec)}.lock")
-        lock.acquire(timeout=wait)
-    except Timeout:
-        raise ValueError(f"another process is making {name_of(spec)}: wait for it or stop it") from None
-    except OSError as error:
-        raise ValueError(f"can't write to {root} ({error.strerror}): free space or give the right to write") from None
-    try:
-        found = find(spec)
+    part, final = work / "result", paths.get_artifact_dirs()[0] / name_of(spec)
+    with hold(name_of(spec), wait=wait) as lock:
+        found = _find_whole(spec)
         if found:
             return found
-        part = work / "result"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        began = time.perf_counter()
-        extra = make(part) or {}
-        provenance = get_provenance() | {"seconds": round(time.perf_counter() - began, 2)}
-        meta = {"spec": spec, "provenance": provenance, **extra}
-        (part / "meta.json").write_text(json.dumps(meta, indent=1, default=str), encoding="utf-8")
-        final = root / name_of(spec)
-        shutil.rmtree(final, ignore_errors=True)  # a folder without meta.json is not an artifact
-        os.replace(part, final)
+        with _explain_writing(final.parent):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            try:
+                began = time.perf_counter()
+                extra = make(part) or {}
+                provenance = get_provenance() | {"seconds": round(time.perf_counter() - began, 2)}
+                made = sorted(path for path in part.rglob("*") if path.is_file())
+                files = {str(path.relative_to(part)): hash_file(path) for path in made}
+                meta = {"spec": spec, "provenance": provenance, "files": files, **extra}
+                meta = json.loads(json.dumps(meta, default=str))
+                meta["digest"] = _hash_text(meta)
+                (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+                shutil.rmtree(final, ignore_errors=True)  # damaged, or without meta.json: no artifact
+                part.replace(final)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
         shutil.rmtree(work, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it opens another and finds the artifact
+        verify.cache_clear()
         return final
-    except OSError as error:
-        raise ValueError(f"can't write to {root} ({error.strerror}): free space or give the right to write") from None
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
-def hold(name: str) -> Iterator[None]:
-    """Hold the lock of this name among all processes of a working folder, waiting for it as long as it takes."""
-    root = paths.get_artifact_dirs()[0] / ".unfinished"
+def _explain_writing(folder: Path) -> Iterator[None]:
+    """Say in one line that a folder can't be written; safetensors has an exception of its own for a full disk."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f"{name}.lock").acquire()
-    except OSError as error:
-        raise ValueError(f"can't write to {root} ({error.strerror}): free space or give the right to write") from None
-    with lock:
         yield
+    except Exception as error:
+        if not (getattr(error, "errno", None) in _WRITE_ERRORS or "No space left" in str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or "No space left on device"
+        raise ValueError(f"can't write to {folder} ({reason}): free space or give the right to write") from None
+
+
+@contextlib.contextmanager
+def hold(name: str, *, wait: float = -1) -> Iterator[FileLock]:
+    """Hold the lock of this name among all processes of a working folder, waiting ``wait`` seconds (-1: any time)."""
+    root = paths.get_artifact_dirs()[0]
+    with _explain_writing(root):
+        (root / ".unfinished").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / ".unfinished" / f"{name}.lock")
+        try:
+            lock.acquire(timeout=wait)
+        except Timeout:
+            raise ValueError(f"another process is making {name}: wait for it or stop it") from None
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def fingerprint_data(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One job of a run: fetch a data set, train rows, or execute a notebook. The Snakefile calls this.
 
 ``python -m mia_utils.runner.jobs PLAN JOB`` does job JOB of ``build/<profile>/plan.json``, writes its output to
-``build/<profile>/logs/JOB.log`` and its outcome to ``build/<profile>/status/JOB.json``, which ``mia_utils.runner.run`` echoes.
+``build/<profile>/logs/JOB.log`` and its outcome to ``build/<profile>/status/JOB.json``, which
+``mia_utils.runner.run`` echoes.
 """
 
 from __future__ import annotations
@@ -14,22 +15,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mia_utils import paths
+
 FINDING = "FINDING "  # the last printed line of a notebook starts with it
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under a temporary name and rename it: readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)
+    """Write a JSON file whole or not at all."""
+    paths.write_atomic(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, ``None`` when there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -45,8 +45,17 @@ def get_last_line(path: Path) -> str:
 def set_threads(environment: dict[str, str], threads: int) -> dict[str, str]:
     """Return a copy of an environment in which every numerical library uses so many threads."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    # a kernel of this environment goes before one of the same name in the user's home folder
-    return {**environment, **dict.fromkeys(names, str(threads)), "JUPYTER_PREFER_ENV_PATH": "1"}
+    return environment | dict.fromkeys(names, str(threads))
+
+
+def use_own_kernel(folder: Path) -> None:
+    """Make ``python3`` this very interpreter and leave the user's IPython startup files and kernels out."""
+    spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
+    spec |= {"display_name": "Python 3", "language": "python"}
+    write_json(folder / "jupyter" / "kernels" / "python3" / "kernel.json", spec)
+    (folder / "ipython").mkdir(exist_ok=True)
+    # JUPYTER_PATH is searched before every other folder
+    os.environ |= {"JUPYTER_PATH": str(folder / "jupyter"), "IPYTHONDIR": str(folder / "ipython")}
 
 
 def run_command(command: list[str], log: Path) -> dict[str, Any]:
@@ -72,23 +81,18 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, Any], log: 
     """
     import logging
 
-    import papermill
+    import papermill  # seconds: only where a notebook runs
     from papermill.exceptions import PapermillExecutionError
 
     log.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=log, filemode="w", level=logging.INFO, format="%(message)s", force=True)
+    use_own_kernel(log.parent.parent / "kernel")
+    source_text, executed_text = (str(p).replace("{", "{{").replace("}", "}}") for p in (source, executed))
+    settings = dict(kernel_name="python3", cwd=source.parent, progress_bar=False, log_output=True, start_timeout=180)
     outcome: dict[str, Any] = {"ok": True, "message": ""}
     try:
-        papermill.execute_notebook(
-            source,
-            executed,
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=source.parent,
-            progress_bar=False,
-            log_output=True,
-            start_timeout=180,
-        )
+        # papermill fills parameters into the names of files: braces are escaped
+        papermill.execute_notebook(source_text, executed_text, parameters=parameters, **settings)
     except PapermillExecutionError as error:
         logging.error("%s", "\n".join(error.traceback))
         first = (str(error.evalue).strip().splitlines() or [""])[0]
@@ -120,13 +124,9 @@ def find_section(cells: list[dict]) -> str:
 
 def find_finding(cells: list[dict]) -> str:
     """Return the last printed line that starts with ``FINDING``, without that word; empty when there is none."""
-    found = ""
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if output["output_type"] == "stream":
-                for line in "".join(output["text"]).splitlines():
-                    found = line.removeprefix(FINDING).strip() if line.startswith(FINDING) else found
-    return found
+    streams = [output for cell in cells for output in cell.get("outputs", []) if output["output_type"] == "stream"]
+    lines = [line for output in streams for line in "".join(output["text"]).splitlines()]
+    return next((line.removeprefix(FINDING).strip() for line in reversed(lines) if line.startswith(FINDING)), "")
 
 
 def has_failed(build: Path, job: str, plan: dict[str, Any]) -> bool:
@@ -144,10 +144,8 @@ def main(argv: list[str]) -> int:
     os.environ.update(set_threads(dict(os.environ), plan["threads"]))
     started = time.time()
     work = {**plan["data"], **plan["train"], **plan["notebooks"]}[job]
-    blocked = [
-        name for name in work.get("needs", []) if name not in plan["notebooks"] and has_failed(build, name, plan)
-    ]
-    if blocked:
+    needs = [name for name in work.get("needs", []) if name not in plan["notebooks"]]
+    if blocked := [name for name in needs if has_failed(build, name, plan)]:
         outcome = {"ok": False, "message": f"waits for {', '.join(blocked)}", "blocked": True}
     elif job in plan["train"]:
         outcome = run_command([sys.executable, "-m", "mia_utils.runner.train", plan["profile"], *work["ids"]], log)

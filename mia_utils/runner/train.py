@@ -1,18 +1,17 @@
 """Train the models of a profile: ``python -m mia_utils.runner.train PROFILE MODEL_ID [MODEL_ID ...]``.
 
 One row is one job: it finds its artifact or makes it, goes on inside a training that was killed, and writes the very
-folder that the notebooks look for. ``torchrun --nproc-per-node N -m mia_utils.runner.train PROFILE MODEL_ID`` trains a row on
-N GPUs, or in N processes on the CPU, to the same artifact: a batch stays as large as the row says.
+folder that the notebooks look for. ``torchrun --nproc-per-node N -m mia_utils.runner.train PROFILE MODEL_ID`` trains
+a row on N GPUs, or in N processes on the CPU, to the same artifact: a batch stays as large as the row says.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mia_utils.pretrain import distributed
+from mia_utils import paths
 from mia_utils.runner import artifacts, profiles
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from mia_utils.runner.profiles import Profile, Row
 
 UTILITY_IMAGES = (5000, 2000)  # fit and test images of k-NN and linear probe, outside all four roles
-HELDOUT_IMAGES = 256  # strangers whose loss is drawn beside the members'
+HELDOUT_IMAGES = 256  # non-members whose loss is drawn beside the members'
 
 
 def spec_of(profile: Profile, row: Row) -> dict[str, Any]:
@@ -76,52 +75,48 @@ def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict
     if n_fit < 35:
         return {}
     outside = outside[: n_fit + n_test]
+    chunks = [outside[start : start + 512] for start in range(0, len(outside), 512)]
     with torch.inference_mode():
-        parts = [encoder.embed(datasets.to_float(pool.images[chunk])).float().cpu() for chunk in _chunks(outside, 512)]
-    vectors, labels = torch.cat(parts).numpy(), pool.labels[outside]
-    knn = KNeighborsClassifier(min(20, n_fit), metric="cosine").fit(vectors[:n_fit], labels[:n_fit])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(
-        vectors[:n_fit], labels[:n_fit]
-    )
+        vectors = [encoder.embed(datasets.to_float(pool.images[chunk])).float().cpu() for chunk in chunks]
+    vectors, labels = torch.cat(vectors).numpy(), pool.labels[outside]
+    knn = KNeighborsClassifier(min(20, n_fit), metric="cosine")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
     return {
-        "knn": float(knn.score(vectors[n_fit:], labels[n_fit:])),
-        "probe": float(probe.score(vectors[n_fit:], labels[n_fit:])),
+        name: float(model.fit(vectors[:n_fit], labels[:n_fit]).score(vectors[n_fit:], labels[n_fit:]))
+        for name, model in (("knn", knn), ("probe", probe))
     }
 
 
-def measure_segmenter(segmenter, pool: Pool, members: np.ndarray, strangers: np.ndarray) -> dict[str, float]:
-    """Measure mIoU and pixel accuracy on strangers, and mIoU on members (the gap is what leaks)."""
+def measure_segmenter(segmenter, pool: Pool, members: np.ndarray, nonmembers: np.ndarray) -> dict[str, float]:
+    """Measure mIoU and pixel accuracy on non-members, and mIoU on members (the gap is what leaks)."""
     from mia_utils.models.segmenters import measure_iou
 
-    outside = measure_iou(segmenter, pool.images[strangers], pool.masks[strangers])
+    outside = measure_iou(segmenter, pool.images[nonmembers], pool.masks[nonmembers])
     inside = measure_iou(segmenter, pool.images[members], pool.masks[members])
     return {"miou": outside["miou"], "pixel_accuracy": outside["pixel_accuracy"], "miou_members": inside["miou"]}
 
 
 def get_sides(row: Row, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images that train a row, and the strangers of its role; positions in the pool."""
+    """Return the images that train a row, and the nonmembers of its role; positions in the pool."""
     if row.role == "reference":
         return split.reference(row.n_train), split.shadow_nonmembers
     return getattr(split, f"{row.role}_members"), getattr(split, f"{row.role}_nonmembers")
 
 
-def _chunks(index, size: int):
-    return (index[start : start + size] for start in range(0, len(index), size))
-
-
 def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
     """Train the model of a row, or find it; returns the folder of its artifact (in every process of ``torchrun``)."""
+    from mia_utils import pretrain  # torch takes seconds: a plan needs spec_of only
+    from mia_utils.models import segmenters
+    from mia_utils.pretrain import distributed
+
     spec = spec_of(profile, row)
     found = distributed.share(artifacts.find(spec))
     if found:
         return found
-    from mia_utils import pretrain
-    from mia_utils.models import segmenters
-
     pool = load_pool(profile, row.dataset)
     split = draw_split(profile, row, pool)
-    members, strangers = get_sides(row, split)
-    strangers = strangers[:HELDOUT_IMAGES]
+    members, nonmembers = get_sides(row, split)
+    nonmembers = nonmembers[:HELDOUT_IMAGES]
 
     def make(folder: Path | None) -> dict[str, Any]:
         """Train; write only where there is a folder."""
@@ -130,10 +125,10 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
             # a reference row trains on images that measure the utility of others
             ends = (0, row.epochs) if row.role != "reference" else ()
             if segmenting:
-                return measure_segmenter(encoder, pool, members, strangers)
+                return measure_segmenter(encoder, pool, members, nonmembers)
             return measure_utility(encoder, pool, split) if epoch in ends else {}
 
-        segmenting = row.method in segmenters.METHODS
+        segmenting = row.method in segmenters.ARCHS
         targets, options = pool.labels, {}
         if segmenting:
             if pool.masks is None:
@@ -148,8 +143,8 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
             row.method,
             pool.images[members],
             labels=targets[members],
-            heldout=pool.images[strangers],
-            heldout_labels=targets[strangers],
+            heldout=pool.images[nonmembers],
+            heldout_labels=targets[nonmembers],
             arch=row.arch,
             epochs=row.epochs,
             seed=pretrain.derive_seed(row.seed, row.role),
@@ -186,13 +181,22 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
 
 
 def load_run(folder: Path) -> Run:
-    """Read the training that an artifact holds."""
+    """Read the training that an artifact holds; a file that is missing or changed is a ValueError that names it."""
+    from safetensors import SafetensorError
+
     from mia_utils import pretrain
 
+    artifacts.verify(folder)
     meta = artifacts.read_meta(folder)
-    return pretrain.Run.load(
-        folder, settings=meta["settings"], seconds=meta["train_seconds"], utility=meta.get("utility", {})
-    )
+    try:
+        settings, seconds = meta["settings"], meta["train_seconds"]
+        last = f"epoch-{settings['epochs']:06d}.safetensors"
+        if not (folder / last).is_file():  # without digests, the checkpoint before it would be taken for the end
+            raise ValueError(f"{last} is missing")
+        return pretrain.Run.load(folder, settings=settings, seconds=seconds, utility=meta.get("utility", {}))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise artifacts.Damaged(f"{folder.name} can't be read ({reason}): put it back or delete the folder") from None
 
 
 def main(arguments: list[str]) -> int:
@@ -200,20 +204,23 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 2:
         print("usage: python -m mia_utils.runner.train PROFILE MODEL_ID [MODEL_ID ...]", file=sys.stderr)
         return 2
+    rank = ""
     try:
         profile = profiles.load(arguments[0])
         rows = [profile.row(model_id) for model_id in arguments[1:]]
-        if os.environ.get("OMP_NUM_THREADS"):
-            import torch
+        if n_threads := paths.get_threads():
+            import torch  # seconds: after the arguments are checked
 
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+            torch.set_num_threads(n_threads)
+        from mia_utils.pretrain import distributed
+
+        rank = f"process {distributed.get_rank()}: " if distributed.get_rank() else ""
         for row in rows:
             folder = train_row(profile, row, progress=sys.stderr.isatty())
-            if distributed.get_rank() == 0:
+            if not rank:
                 print(f"{row.id}: {folder.name} ({artifacts.read_meta(folder)['train_seconds']:.0f} s)", flush=True)
     except (ValueError, FileNotFoundError) as error:
-        where = f"process {distributed.get_rank()}: " if distributed.get_rank() else ""
-        print(f"{where}{error}", file=sys.stderr)
+        print(f"{rank}{error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,92 @@
+"""Parameters of notebooks: the literals of the tagged cell are the defaults, a profile replaces some of them."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from mia_utils.runner.profiles import Profile, find_source
+
+_NAMES = {int: "an int", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "a mapping"}
+
+
+def find_notebooks() -> dict[str, Path]:
+    """Return the numbered notebooks, ``{"00_start_here": path, ...}``, in order."""
+    return {path.stem: path for path in sorted(find_source("notebooks").glob("[0-9][0-9]_*.ipynb"))}
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Read the defaults of a notebook's ``parameters`` cell without running it, name -> default in order.
+
+    Plain literals only: papermill's own reader drops annotated lines and stumbles over ``#``. No tagged cell, or a line
+    that is not ``name = literal``, is a ValueError of one line.
+    """
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        tagged = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"notebooks/{path.name}: expected a notebook, got {type(error).__name__}: {error}") from None
+    if len(tagged) != 1:
+        raise ValueError(f"notebooks/{path.name}: expected one cell tagged 'parameters', got {len(tagged)}")
+    try:
+        lines = ast.parse(tagged[0]).body
+    except SyntaxError as error:
+        raise ValueError(f"notebooks/{path.name}: parameters: line {error.lineno}: {error.msg}") from None
+    defaults = {}
+    for line in lines:
+        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+        try:
+            defaults[target.id] = ast.literal_eval(line.value)
+        except (AttributeError, ValueError):
+            got = ast.unparse(line).splitlines()[0]
+            raise ValueError(f"notebooks/{path.name}: parameters: expected name = literal, got {got!r}") from None
+    return defaults
+
+
+def merge_parameters(profile: Profile, notebook: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters a notebook is run with: its defaults, the profile's name and the profile's overrides.
+
+    Args:
+        profile: checked profile.
+        notebook: ``"03_partcrop"``.
+        defaults: of ``read_parameters``; they decide names and types.
+
+    Raises:
+        ValueError: a parameter the notebook does not have, another type, or a model the profile does not have.
+    """
+    section = f"profiles/{profile.name}.yaml: notebooks: {notebook}"
+    merged = defaults | ({"profile": profile.name} if "profile" in defaults else {})
+    for key, value in profile.notebooks.get(notebook, {}).items():
+        if key not in defaults or key == "profile":
+            close = difflib.get_close_matches(str(key), defaults, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(defaults)}"
+            raise ValueError(f"{section}: unknown key {key!r} ({hint})")
+        if not _is_like(defaults[key], value):
+            raise ValueError(f"{section}: {key}: expected {_name_type(defaults[key])}, got {value!r}")
+        merged[key] = value
+    for key, value in merged.items():
+        if key.endswith(("model_id", "model_ids")) and value is not None:
+            for model_id in value if isinstance(value, list) else [value]:
+                try:
+                    profile.row(model_id)
+                except ValueError as error:
+                    raise ValueError(f"{section}: {key}: {error}") from None
+    return merged
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    """Whether a value may replace a default: same type, int for float, elements alike; ``None`` takes anything."""
+    if default is None or value is None:
+        return default is None
+    if isinstance(default, list) and isinstance(value, list):
+        return not default or all(any(_is_like(d, v) for d in default) for v in value)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
+
+
+def _name_type(default: Any) -> str:
+    if isinstance(default, list) and default:
+        return "a list of " + " or ".join(sorted({type(d).__name__ for d in default}))
+    return _NAMES.get(type(default), type(default).__name__)
