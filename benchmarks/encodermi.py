@@ -39,7 +39,7 @@ def measure(arch: str, options: argparse.Namespace, run: dict) -> list[dict]:
     ids = [f"image-{i}" for i in range(n)]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(options.device)
     ready = views.query_views(pixels, ids, k, size=size, seed=options.seed)  # (n, K, 3, S, S)
-    chunk = encodermi._get_chunk(encoder, k, images.shape[1:3])
+    chunk = encodermi.get_chunk(encoder, k, images.shape[1:3])
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(size, scale=(0.2, 1.0)),

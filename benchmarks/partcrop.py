@@ -135,7 +135,7 @@ def measure_features(arch: str, n: int, n_crops: int, options: argparse.Namespac
     encoder = encoders.make(arch, seed=options.seed).to(options.device)
     pool = datasets.load("scenes", size=encoder.input_size, n=n, seed=options.seed)
     images, ids = pool.images, [str(i) for i in range(n)]
-    batch = min(n, partcrop._get_chunk(encoder, n_crops, partcrop.get_crop_size(encoder.input_size)))
+    batch = min(n, partcrop.get_chunk(encoder, n_crops, partcrop.get_crop_size(encoder.input_size)))
     ready = make_ready(encoder, images, ids, n_crops, batch=batch, seed=options.seed)
     published = PublishedCrops(images, encoder, n_crops)
 
@@ -185,7 +185,7 @@ def attack_as_published(
         of every scoring.
     """
     net = network.make_network(2 * options.attack_crops, seed=options.seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=5e-4)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=5e-4)
     known, epochs, scorings = roles["known"], [], []
     members, strangers = known[is_member[known]], known[~is_member[known]]
 

@@ -182,7 +182,7 @@ def test_streamed_images_are_decoded_a_chunk_at_a_time(encoder, images):
 
 
 def test_the_chunk_follows_the_budget_and_changes_no_feature(encoder, images):
-    few, many = (partcrop._get_chunk(encoder, n_crops, 16) for n_crops in (256, 8))
+    few, many = (partcrop.get_chunk(encoder, n_crops, 16) for n_crops in (256, 8))
     assert 1 <= few < many <= 65536 // 8
     options = {"image_ids": IDS, "n_crops": 8}
     whole = partcrop.extract_features(encoder, images, **options)

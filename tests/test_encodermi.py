@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from mia_utils.attacks import encodermi, lpla
+from mia_utils.attacks import encodermi, lpla, network
 from mia_utils.models import encoders, views
 
 # float32 products sum in another order for another batch shape; similarities are of the order of one
@@ -122,28 +122,28 @@ def test_defaults_are_the_papers():
     vector, deep_set = (inspect.signature(f).parameters for f in (encodermi.fit_vector, encodermi.fit_set))
     assert (vector["widths"].default, vector["lr"].default, vector["weight_decay"].default) == ((256, 256), 1e-4, 1e-6)
     assert (deep_set["lr"].default, deep_set["weight_decay"].default, deep_set["max_norm"].default) == (1e-3, 1e-7, 5)
-    assert deep_set["dropout"].default == 0.5
+    assert deep_set["dropout"].default == 0.5 and deep_set["widths"].default == (64, 64, 64)
 
 
 # ------------------------------------------------------------------------------------------------------ attackers
 
 
-def make_similarities(n_members, n_strangers, *, seed, effect=0.6, n_views=10):
+def make_similarities(n_members, n_nonmembers, *, seed, effect=0.6, n_views=10):
     """Similarities of views that scatter around the image; members' views scatter less."""
     rng = np.random.default_rng(seed)
-    is_member = rng.permutation(np.arange(n_members + n_strangers) < n_members)
+    is_member = rng.permutation(np.arange(n_members + n_nonmembers) < n_members)
     spread = np.exp(0.3 * rng.normal(size=len(is_member)) - effect * is_member)
     vectors = 2 + spread[:, None, None] * rng.normal(size=(len(is_member), n_views, 8))
     return encodermi.compare_views(torch.from_numpy(vectors).float()).numpy(), is_member
 
 
 FITS = {"v": encodermi.fit_vector, "s": encodermi.fit_set}
-QUICK = {"v": {"lr": 1e-3, "epochs": 20, "widths": (32, 32)}, "s": {"epochs": 8, "width": 16}}
+QUICK = {"v": {"lr": 1e-3, "epochs": 20, "widths": (32, 32)}, "s": {"epochs": 8, "widths": (16, 16, 16)}}
 
 
 @pytest.fixture(scope="module")
 def toy():
-    """Fit, validation and report sets."""
+    """Attack-training, attack-validation and evaluation sets."""
     return make_similarities(60, 200, seed=0), make_similarities(25, 80, seed=1), make_similarities(200, 200, seed=2)
 
 
@@ -176,9 +176,9 @@ def test_scores_do_not_depend_on_the_order_of_the_pairs(toy, attackers):
         # float64; sums over a set (mean and deviation) in another order
         np.testing.assert_allclose(attacker.score(features[:, order]), attacker.score(features), rtol=0, atol=1e-10)
     with pytest.raises(AssertionError):  # a perceptron alone does depend on it
-        network = torch.nn.Sequential(*list(attackers["v"].network)[1:])
+        unsorted = torch.nn.Sequential(*list(attackers["v"].network)[1:])
         x = torch.from_numpy(features.astype(np.float64))
-        torch.testing.assert_close(network(x), network(x[:, order]))
+        torch.testing.assert_close(unsorted(x), unsorted(x[:, order]))
 
 
 def test_the_vector_attacker_sees_its_similarities_sorted(attackers):
@@ -226,14 +226,14 @@ def test_few_views_work(n_views):
 
 
 def test_sets_are_scaled_over_all_coordinates_of_their_points():
-    network = encodermi._SetNetwork(width=4, dropout=0.5, per_set=True, seed=0).eval()
+    net = encodermi._SetNetwork(widths=(4, 4, 4), dropout=0.5, per_set=True, seed=0).eval()
     x = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) + 0.1
     points = np.stack([np.zeros((5, 6)), np.zeros((5, 6)), x.numpy()], axis=-1)
     points = (points - points.mean((1, 2), keepdims=True)) / points.std((1, 2), keepdims=True)
-    out = network.layers(torch.from_numpy(points).float()).amax(1)
-    torch.testing.assert_close(network(x), network.logits(out))
-    torch.testing.assert_close(network(3 * x), network(x), rtol=1e-4, atol=1e-5)  # so the level cancels
-    assert torch.isfinite(network(torch.zeros(2, 6))).all()
+    out = net.layers(torch.from_numpy(points).float()).amax(1)
+    torch.testing.assert_close(net(x), net.logits(out))
+    torch.testing.assert_close(net(3 * x), net(x), rtol=1e-4, atol=1e-5)  # so the level cancels
+    assert torch.isfinite(net(torch.zeros(2, 6))).all()
 
 
 def test_the_equivariant_layer_is_equivariant():
@@ -337,9 +337,9 @@ FIT = (np.random.default_rng(0).random((6, 3)), np.arange(6) < 3)
 
 
 def test_a_shared_network_trains_alike_with_and_without_a_loose_bound_on_its_gradient(toy):
-    network = lambda: network.make_network(45, widths=(8,), seed=0)  # noqa: E731
+    make = lambda: network.make_network(45, widths=(8,), seed=0)  # noqa: E731
     options = dict(epochs=2, batch_size=20, lr=1e-3, weight_decay=0, steps_per_epoch=3, patience=None)
-    runs = [network.train(network(), *toy[0], validation=toy[1], max_norm=m, **options) for m in (None, 1e9, 1e-3)]
+    runs = [network.train(make(), *toy[0], validation=toy[1], max_norm=m, **options) for m in (None, 1e9, 1e-3)]
     first, loose, tight = (run.score(toy[2][0]) for run in runs)
     np.testing.assert_array_equal(first, loose)
     assert not np.array_equal(first, tight)

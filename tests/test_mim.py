@@ -129,7 +129,7 @@ def test_the_same_seed_repeats_and_another_differs_without_the_global_seed(model
     assert not np.allclose(first, mim.score_reconstruction(model, images[:3], seed=1))
 
 
-def test_pictures_come_as_bytes_or_floats_and_are_resized_like_every_query(model, images):
+def test_images_come_as_bytes_or_floats_and_are_resized_like_every_query(model, images):
     floats = torch.from_numpy(images[:3]).permute(0, 3, 1, 2) / 255
     whole = mim.score_reconstruction(model, images[:3])
     for same in (floats, floats.numpy(), floats.double(), torch.from_numpy(images[:3].copy())):
@@ -183,7 +183,7 @@ def test_training_on_standardized_patches_lowers_the_loss_and_is_an_option_of_th
 
 @pytest.fixture(scope="module")
 def memorized(images):
-    """A MAE that has seen sixteen of the pictures a few hundred times."""
+    """A MAE that has seen sixteen of the images a few hundred times."""
     ids = np.array([f"scene-{i}" for i in range(64)])
     pool = Pool("tiny", images, np.zeros(64, np.int64), ids, None, ("scene",))
     split = splits.draw(pool, n_members=16, n_nonmembers=48, n_shadow_members=0, n_shadow_nonmembers=0, seed=0)
@@ -191,7 +191,7 @@ def memorized(images):
     return pool, split, pretrain.fit("mae", images[split.target_members], **settings)
 
 
-def test_memorized_pictures_score_higher_and_an_untrained_model_sees_nothing(memorized):
+def test_memorized_images_score_higher_and_an_untrained_model_sees_nothing(memorized):
     pool, split, run = memorized
     is_member = np.isin(np.arange(64), split.target_members)
     for distance, region in (("mse", "masked"), ("l1", "all"), ("ssim", "masked")):
@@ -221,6 +221,7 @@ def test_the_attack_room_runs_it_with_its_controls(memorized):
         options = dict(reference=run.autoencoder_at(0), controls=False, n_masks=8)
         calibrated = attacks.evaluate("mim-here", run.decoder, pool, split, **options)
         assert not np.allclose(calibrated.score, result.score)
+        assert result.meta["decoder"] == "target"
         with pytest.raises(ValueError, match="needs reconstruct, which the model lacks"):
             attacks.evaluate("mim-here", run.encoder, pool, split)
     finally:
@@ -391,7 +392,7 @@ def test_encoders_that_take_no_decoder_are_one_line(images):
 
 
 def test_defaults_are_those_of_the_public_interface():
-    parameters = inspect.signature(mim.score_reconstruction).parameters
+    parameters = inspect.signature(mim.compute_distances).parameters
     defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     assert defaults["n_masks"] == 16 and defaults["mask_ratio"] == 0.75 and defaults["seed"] == 0
     assert defaults["distance"] == "mse" and defaults["region"] == "masked"

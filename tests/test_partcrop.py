@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
+from mia_utils import attacks
 from mia_utils.attacks import partcrop
 from mia_utils.models import encoders, views
 
@@ -186,7 +188,7 @@ def test_part_boxes_are_pixels_of_the_image_given_not_of_the_view(encoder):
     image = np.stack([*np.meshgrid(side, side), np.full((64, 64), 90.0)], axis=-1).astype(np.uint8)
     box = np.array([[8.0, 16.0, 40.0, 56.0]])
     large, small = partcrop.responses(encoder, image, box), partcrop.responses(encoder, image[::2, ::2], box / 2)
-    # the same picture at two sizes: a smooth one, so resampling moves a response by little
+    # the same image at two sizes: a smooth one, so resampling moves a response by little
     np.testing.assert_allclose(large, small, atol=0.1)
     assert np.abs(large - partcrop.responses(encoder, image, box / 2)).max() > 0.1
 
@@ -201,3 +203,58 @@ def test_defaults_are_the_papers():
     parameters = inspect.signature(partcrop.extract_features).parameters
     assert parameters["n_crops"].default == 128 and parameters["crop_scale"].default == (0.08, 0.2)
     assert parameters["kind"].default == "both" and parameters["view"].default == "resize"
+
+
+# ------------------------------------------------------------------------------- without parts, and with one query
+
+
+def test_random_probes_are_as_large_as_the_parts_and_keyed_by_the_image(encoder, images):
+    call = {"image_ids": IDS[:6], "n_crops": 8}
+    own, random = (next(partcrop.iterate_parts(encoder, images[:6], probes=p, **call)) for p in ("parts", "random"))
+    assert torch.equal(own[1], random[1]) and own[0].shape == random[0].shape  # the same tokens, other probes
+    noise = random[0] / own[0].square().mean((1, 2), keepdim=True).sqrt()
+    assert noise.std().item() == pytest.approx(1, rel=0.05) and abs(noise.mean().item()) < 0.05  # 6 x 8 x D numbers
+    assert not torch.allclose(noise[0], noise[1])
+
+
+def test_probes_of_another_image_use_its_tokens(encoder, images):
+    parts, tokens = next(partcrop.iterate_parts(encoder, images[:6], image_ids=IDS[:6], n_crops=4))
+    same, others = next(partcrop.iterate_parts(encoder, images[:6], image_ids=IDS[:6], n_crops=4, probes="other-image"))
+    torch.testing.assert_close(same, parts, **BATCH)
+    match = (others[:, None] - tokens[None]).abs().amax((2, 3)) < 1e-4  # (6, 6): whose tokens each image got
+    assert match.sum(1).tolist() == [1] * 6 and match.sum(0).tolist() == [1] * 6 and not match.diag().any()
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        partcrop.extract_features(encoder, images[:1], image_ids=IDS[:1], probes="other-image")
+    with pytest.raises(ValueError, match="expected probes parts, random, other-image, got 'none'"):
+        partcrop.extract_features(encoder, images[:2], image_ids=IDS[:2], probes="none")
+
+
+@pytest.mark.parametrize("probes", ["random", "other-image"])
+def test_other_probes_do_not_depend_on_batch_or_order_and_follow_the_seed(encoder, images, probes):
+    call = {"n_crops": 4, "probes": probes}
+    together = partcrop.extract_features(encoder, images[:9], image_ids=IDS[:9], **call)
+    order = np.random.default_rng(0).permutation(9)
+    again = partcrop.extract_features(encoder, images[order], image_ids=np.array(IDS)[order], batch_size=2, **call)
+    torch.testing.assert_close(again, together[order], **BATCH)
+    other = partcrop.extract_features(encoder, images[:9], image_ids=IDS[:9], seed=1, **call)
+    assert not torch.allclose(together, other)
+
+
+def test_token_sizes_equal_a_loop_and_need_one_query(encoder, images):
+    got = partcrop.extract_spread(encoder, images[:5], image_ids=IDS[:5], batch_size=2)
+    assert got.shape == (5, 5) and partcrop.extract_spread(encoder, images[:0], image_ids=[]).shape == (0, 5)
+    for i in range(5):
+        with torch.inference_mode():
+            x = encoder.tokens(torch.from_numpy(images[i]).permute(2, 0, 1)[None] / 255)[0].double().numpy()
+        away, long = np.linalg.norm(x - x.mean(0), axis=1), np.linalg.norm(x, axis=1)
+        slow = [math.sqrt((away**2).mean()), np.linalg.norm(x.mean(0)), long.mean(), long.max(), away.max()]
+        np.testing.assert_allclose(got[i].exp(), slow, rtol=1e-4)  # float32
+    np.testing.assert_allclose(partcrop.score_spread(got), -got[:, 0].double(), rtol=1e-7)
+    assert {attacks.ATTACKS[name].count_queries() for name in ("token-spread", "token-spread-lr")} == {1}
+
+
+def test_five_sizes_find_what_one_does_not():
+    rng, is_member = np.random.default_rng(0), np.arange(400) < 150
+    sizes = rng.normal(size=(400, 5)) + is_member[:, None] * [0, 0, 1, 0, -1]
+    score = partcrop.fit_spread(sizes[::2], is_member[::2], validation=(None, None)).score(sizes[1::2])
+    assert score.dtype == np.float64 and roc_auc_score(is_member[1::2], score) > 0.75

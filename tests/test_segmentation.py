@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from mia_utils.attacks import patches
 from mia_utils.attacks import segmentation as seg
 from mia_utils.models import segmenters
 
@@ -151,7 +152,7 @@ def test_features_have_the_documented_shapes_and_equal_their_definitions(model, 
     assert both.shape == (N, C + 1, H, W)
     np.testing.assert_allclose(both[:, :C], p, **near)
     assert np.array_equal(both[:, C], data["labels"])
-    unfolded = seg._unfold_labels(torch.from_numpy(both).float(), True)
+    unfolded = patches.unfold_labels(torch.from_numpy(both).float(), True)
     np.testing.assert_allclose(unfolded, seg.make_concatenation(p, labels), **near)
     alone = seg.extract_posteriors(model, data["images"], image_ids=data["ids"])
     assert np.array_equal(alone, both[:, :C])
@@ -185,6 +186,15 @@ def test_maps_of_large_images_are_averaged_over_cells_and_small_ones_are_not(mod
     both = seg.extract_posteriors_and_labels(model, images, image_ids=["a"], masks=masks)
     assert both.shape == (1, C + 1, 64, 8) and both[0, C, 5, 3] == masks[0, 44, 28]
     assert seg.get_patch_size(128, 256) == (90, 90) and seg.get_patch_size(96, 128) == (67, 67)
+
+
+def test_an_extract_has_its_own_name_and_asks_for_masks(model, data):
+    assert {f"{f.__module__}.{f.__qualname__}" for f in (seg.extract_loss_map, seg.extract_posteriors)} == {
+        "mia_utils.attacks.segmentation.extract_loss_map",  # part of the identity of cached features
+        "mia_utils.attacks.segmentation.extract_posteriors",
+    }
+    with pytest.raises(ValueError, match="expected masks= .label maps."):
+        seg.extract_loss_map(model, data["images"], image_ids=data["ids"])
 
 
 def test_wrong_images_ids_and_masks_are_one_line(model, data):
@@ -356,7 +366,8 @@ def test_networks_have_no_stride_in_their_last_stage_and_unknown_ones_are_named(
         ({"is_member": np.ones(6, bool)}, "6 members of 6"),
         ({"is_member": np.arange(5) % 2 == 0}, r"labels of shape \(6,\)"),
         ({"validation": (np.zeros((2, 2, 8, 8), np.float32), np.array([True, False]))}, r"\(1, 8, 8\) an image"),
-        ({"n_patches": 0}, ">= 1"),
+        ({"n_patches": 0}, "n_patches >= 1"),
+        ({"epochs": 0}, "epochs, steps_per_epoch and patience >= 1"),
         ({"patch_share": 1.5}, "patch_share in"),
     ],
 )

@@ -1,17 +1,13 @@
 """EncoderMI: the augmented views of a training image stay closer together.
 
-Source: Liu, Jia, Qu, Gong: EncoderMI (CCS 2021, arXiv 2108.11023). An image is asked about in K augmented versions; the
-similarities of all pairs of their vectors describe it. Steps: 1 views, 2 vectors (before the projection head), 3 the
-K(K-1)/2 similarities, 4 an attacker: **V**ector (the sorted similarities and a perceptron), **S**et (Deep Sets on the
-unordered similarities) or **T**hreshold (their mean).
+Source: Liu, Jia, Qu, Gong: EncoderMI (CCS 2021, arXiv 2108.11023). The model is queried with K augmented views of an
+image; the similarities of all pairs of their vectors describe it. Steps: 1 views, 2 vectors (before the projection
+head), 3 the K(K-1)/2 similarities, 4 an attacker: **V**ector (the sorted similarities and a perceptron), **S**et (Deep
+Sets on the unordered similarities) or **T**hreshold (their mean).
 
-Differences from the paper: its attackers see thousands of members, ours a few hundred images and more strangers than
-members. So batches hold as many members as strangers, validation is looked at every 10 steps, and training stops when
-it brought nothing better for long. Pilot on real similarities with a planted leak (82 members, 640 strangers):
-V reached its best validation between 10 and 3,000 steps; S was no better with 256 channels than with 64 (AUC .652 both)
-and nine times slower. The set attacker scales every set by its own mean and spread, as released, and so sees only how
-scattered an image's similarities are beside their level; on a leak in the level alone that costs a little (.652
-against .664 when scaled by the fit set, and .666 of T).
+Ours: batches hold as many members as non-members, and training stops early, because our attackers see a few hundred
+images where the paper's see thousands. On a pilot (82 members, 640 non-members) S was no better with 256 channels than
+with 64 and nine times slower.
 
 Letters: N images, K views, P = K(K-1)/2 pairs, D embedding, H hidden width.
 """
@@ -26,10 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from mia_utils import seeds
-from mia_utils.attacks import network
+from mia_utils.attacks import network, query
 from mia_utils.models import views
 
 MEASURES = ("cosine", "euclidean", "pearson")
@@ -39,15 +34,12 @@ def compare_views(vectors: Tensor, *, measure: str = "cosine") -> Tensor:
     """Compare all pairs of an image's views (step 3).
 
     Args:
-        vectors: (N, K, D) embeddings of the K views.
+        vectors: (N, K, D) embeddings of the K >= 2 views.
         measure: ``"cosine"``; ``"pearson"``: the correlation over the D entries; ``"euclidean"``: minus the distance of
             the vectors as they are (on vectors of length one it would only bend the cosine).
 
     Returns:
         (N, P), higher = closer, in the order (2,1), (3,1), (3,2), (4,1) ...: the pairs of fewer views come first.
-
-    Raises:
-        ValueError: another shape, fewer than two views, or an unknown measure.
     """
     if vectors.ndim != 3 or vectors.shape[1] < 2:
         raise ValueError(f"expected vectors (N, K, D) with K >= 2, got {tuple(vectors.shape)}")
@@ -81,9 +73,9 @@ def extract_features(
 
     Args:
         encoder: has ``embed`` and ``input_size``.
-        images: (N, H, W, 3) uint8; streamed ones (``datasets.folders.ImageFiles``) are decoded a chunk at a time.
+        images: (N, H, W, 3) uint8; streamed ones are decoded a chunk at a time.
         image_ids: N ids that key the views: an image's features do not depend on its batch or its order.
-        n_views: views per image (K). The features of fewer views are the first columns of those of more.
+        n_views: views per image (K >= 2). The features of fewer views are the first columns of those of more.
         augmentation: a name of ``views.parse_augmentation``; ``"simclr"`` is the paper's (random resized crop (0.2, 1),
             flip .5, jitter .4/.4/.4/.1 with probability .8, gray .2).
         measure: ``"cosine"``, ``"euclidean"`` or ``"pearson"``, see :func:`compare_views`.
@@ -93,67 +85,42 @@ def extract_features(
 
     Returns:
         (N, P) float32 on the CPU, higher = closer.
-
-    Raises:
-        ValueError: wrong shapes, fewer than two views, an unknown measure or augmentation, an encoder without vectors.
     """
-    images = check_query(encoder, images, image_ids)
+    images = query.check_query(encoder, images, image_ids)
     if n_views < 2:
         raise ValueError(f"expected n_views >= 2, got {n_views}")
     if measure not in MEASURES:
         raise ValueError(f"expected measure {', '.join(MEASURES)}, got {measure!r}")
     views.parse_augmentation(augmentation)  # an unknown name is an error even for no images
-    device, size = getattr(encoder, "device", "cpu"), encoder.input_size
-    chunk = batch_size or _get_chunk(encoder, n_views, images.shape[1:3])
+    chunk = batch_size or get_chunk(encoder, n_views, images.shape[1:3])
     features = [torch.empty(0, n_views * (n_views - 1) // 2)]
-    with tqdm(total=len(images), unit="image", desc="views", disable=not progress, delay=5, leave=False) as bar:
-        for start in range(0, len(images), chunk):
-            rows = slice(start, start + chunk)
-            ids, pixels = list(image_ids[rows]), views.read_pixels(images, rows).to(device)
-            with torch.inference_mode():
-                # 1. K views of every image
-                x = views.query_views(pixels, ids, n_views, augmentation=augmentation, size=size, seed=seed)
-                # 2. all views of the chunk in one forward
-                vectors = encoder.embed(x.flatten(0, 1), pooling=pooling)  # (n K, D)
-                # 3. all pairs
-                vectors = vectors.float().unflatten(0, (len(ids), n_views))  # (n, K, D)
-                features.append(compare_views(vectors, measure=measure).cpu())
-            bar.update(len(ids))
+    options = dict(augmentation=augmentation, size=encoder.input_size, seed=seed)
+    for rows in query.iterate_chunks(len(images), chunk, label="views", progress=progress):
+        pixels = views.read_pixels(images, rows).to(query.get_device(encoder))
+        with torch.inference_mode():
+            # 1. K views of every image
+            x = views.query_views(pixels, list(image_ids[rows]), n_views, **options)  # (n, K, 3, S, S)
+            # 2. all views of the chunk in one forward
+            vectors = encoder.embed(x.flatten(0, 1), pooling=pooling).float().unflatten(0, x.shape[:2])  # (n, K, D)
+            # 3. all pairs
+            features.append(compare_views(vectors, measure=measure).cpu())
     return torch.cat(features)
 
 
-def check_query(encoder, images: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
-    """Check what an attack on vectors is asked to query; return images to slice, streamed ones as they are."""
-    images = views.check_images(images, image_ids)
-    if not callable(getattr(encoder, "embed", None)):
-        raise ValueError(f"expected an encoder with embed(images), got {type(encoder).__name__}: use encoders.wrap")
-    return images
-
-
-def _get_chunk(encoder, n_views: int, image_size: Sequence[int]) -> int:
-    """Images per forward so that views, resampling and activations of a chunk fit a memory budget."""
-    device = torch.device(getattr(encoder, "device", "cpu"))
-    # CPU: the size at which the extraction was fastest (activations stay in the cache)
-    budget = 0.3 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 16e6
+def get_chunk(encoder, n_views: int, image_size: Sequence[int]) -> int:
+    """Images per forward so that views, resampling and activations of a chunk fit memory."""
     size, (height, width) = encoder.input_size, image_size
     view_bytes = 4 * size * (8 * 3 * size + 2 * 3 * height + height + width)  # colors; first pass; weights
     token_bytes = 4 * 16 * getattr(encoder, "dim", 768) * (getattr(encoder, "n_tokens", None) or 196)
-    # and at most 65,536 views: kernels index with 32 bits
-    return max(1, int(min(budget / (n_views * (view_bytes + token_bytes)), 65536 / n_views)))
+    image_bytes = n_views * (view_bytes + token_bytes)
+    return query.fit_chunk(query.get_device(encoder), image_bytes, cache=16e6, most=65536 / n_views)
 
 
 # ------------------------------------------------------------------------------------------------------ attackers
 
 
 def score_threshold(features: np.ndarray | Tensor) -> np.ndarray:
-    """EncoderMI-T: the mean similarity. Nothing is trained; the threshold is chosen elsewhere.
-
-    Args:
-        features: (N, P) similarities.
-
-    Returns:
-        (N,) float64, higher = more likely a member.
-    """
+    """EncoderMI-T, nothing is trained: (N, P) -> (N,) float64 mean similarity, higher = more likely a member."""
     return _check_similarities(features).mean(axis=1, dtype=np.float64)
 
 
@@ -175,15 +142,10 @@ def fit_vector(
 
     Args:
         features: (N, P) similarities in any order: the network sorts them.
-        is_member: (N,) bool.
-        validation: ``(features (M, P), is_member (M,))``, disjoint from the fit set and from every image reported on.
+        is_member, validation, epochs, lr, weight_decay, steps_per_epoch, patience, seed: as in :func:`network.fit`.
+            An epoch of the paper is a pass over its 20,000 images, ours a look at the validation set.
         widths: hidden layers.
-        batch_size: members and as many strangers per step (the paper's 100 in all); the rarer class where it has fewer.
-        epochs, steps_per_epoch, patience: at most so many looks at validation, the steps between two of them, and the
-            looks without a better AUC after which training stops (None: never). An epoch of the paper is a pass over
-            its 20,000 images.
-        lr, weight_decay: of Adam.
-        seed: seed of the private streams of weights and batches.
+        batch_size: members and as many non-members per step (the paper's 100 in all).
 
     Returns:
         Attacker, ``.score(features) -> (N,)`` float64, higher = more likely a member.
@@ -193,19 +155,10 @@ def fit_vector(
     layers: list[nn.Module] = [_Sort()]
     for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [_make_linear(n_in, n_out, generator), nn.Tanh()]
-    return network.train(
-        nn.Sequential(*layers, _make_linear(sizes[-1], 2, generator), _Difference()),
-        features,
-        is_member,
-        validation=validation,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        steps_per_epoch=steps_per_epoch,
-        patience=patience,
-        seed=seed,
-    )
+    perceptron = nn.Sequential(*layers, _make_linear(sizes[-1], 2, generator), _Difference())
+    options = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience, seed=seed)
+    options |= dict(validation=validation, steps_per_epoch=steps_per_epoch)
+    return network.train(perceptron, features, is_member, **options)
 
 
 def fit_set(
@@ -213,7 +166,7 @@ def fit_set(
     is_member: np.ndarray,
     *,
     validation: tuple[Any, Any],
-    width: int = 64,
+    widths: Sequence[int] = (64, 64, 64),
     dropout: float = 0.5,
     standardize: str = "set",
     epochs: int = 100,
@@ -227,53 +180,43 @@ def fit_set(
 ) -> network.Attacker:
     """EncoderMI-S: Deep Sets on all P similarities as points (0, 0, s); their order says nothing.
 
-    Source: the released code's network, which is the point-cloud classifier of Zaheer et al. (arXiv 1703.06114).
+    Source: EncoderMI's released code, whose network is the point-cloud classifier of Zaheer et al. (arXiv 1703.06114).
+    Ours differs from it in three ways: the *head* is one dropout and one linear layer (released: dropout, linear, tanh,
+    dropout, linear); the *normalization* is over all coordinates of the P points without its clipping of outliers,
+    in the network itself; and the layers have 64 channels, not 256. So it is our Set attacker, not a copy of theirs.
 
     Args:
-        width: channels of the three layers (H).
+        widths: channels of the equivariant layers.
         dropout: share of channels dropped before the logits.
-        standardize: ``"set"``: over all coordinates of the points of a set, zeros included, as released: the level of
-            the similarities cancels, their scatter beside the level stays. ``"fit"``: by mean and deviation of the
+        standardize: ``"set"``: by mean and deviation of the points of a set, zeros included: the level of the
+            similarities cancels, their scatter beside the level stays. ``"fit"``: by mean and deviation of the
             fit set. A single pair has no scatter: it is always scaled by the fit set.
         max_norm: bound on the norm of a step's gradient.
         features, is_member, validation and the other options: as in :func:`fit_vector`.
 
     Returns:
         Attacker, ``.score(features) -> (N,)`` float64, higher = more likely a member.
-
-    Raises:
-        ValueError: an option out of range.
     """
-    if standardize not in ("set", "fit") or width < 1 or not 0 <= dropout < 1:
-        given = f"{standardize!r}, {width}, {dropout}"
-        raise ValueError(f"expected standardize 'set' or 'fit', width >= 1 and dropout in [0, 1), got {given}")
+    if standardize not in ("set", "fit") or not widths or min(widths) < 1 or not 0 <= dropout < 1:
+        given = f"{standardize!r}, {tuple(widths)}, {dropout}"
+        raise ValueError(f"expected standardize 'set' or 'fit', widths >= 1 and dropout in [0, 1), got {given}")
     per_set = standardize == "set" and _check_similarities(features).shape[1] > 1
-    return network.train(
-        _SetNetwork(width=width, dropout=dropout, per_set=per_set, seed=seed),
-        features,
-        is_member,
-        validation=validation,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        steps_per_epoch=steps_per_epoch,
-        patience=patience,
-        standardize=not per_set,
-        max_norm=max_norm,
-        seed=seed,
-    )
+    model = _SetNetwork(widths=widths, dropout=dropout, per_set=per_set, seed=seed)
+    options = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience, seed=seed)
+    options |= dict(validation=validation, steps_per_epoch=steps_per_epoch, max_norm=max_norm, standardize=not per_set)
+    return network.train(model, features, is_member, **options)
 
 
 class _SetNetwork(nn.Module):
-    """Points (0, 0, s) -> three equivariant layers -> maximum over the set -> dropout -> two logits."""
+    """Points (0, 0, s) -> equivariant layers -> maximum over the set -> dropout -> two logits."""
 
-    def __init__(self, *, width: int, dropout: float, per_set: bool, seed: int):
+    def __init__(self, *, widths: Sequence[int], dropout: float, per_set: bool, seed: int):
         super().__init__()
-        generator = seeds.generator(seed, "encodermi-s.init")
-        self.layers = nn.Sequential(*(_EquivariantLayer(n_in, width, generator) for n_in in (3, width, width)))
+        generator, sizes = seeds.generator(seed, "encodermi-s.init"), [3, *widths]
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.layers = nn.Sequential(*(_EquivariantLayer(n_in, n_out, generator) for n_in, n_out in pairs))
         self.dropout = _Dropout(dropout, seeds.generator(seed, "encodermi-s.dropout"))
-        self.logits = nn.Sequential(_make_linear(width, 2, generator), _Difference())
+        self.logits = nn.Sequential(_make_linear(sizes[-1], 2, generator), _Difference())
         self.per_set = per_set
 
     def forward(self, x: Tensor) -> Tensor:
@@ -321,7 +264,7 @@ class _Sort(nn.Module):
 
 
 class _Difference(nn.Module):
-    """Logits (stranger, member) -> their difference: its binary cross-entropy is the cross-entropy of the two."""
+    """Logits (non-member, member) -> their difference: its binary cross-entropy is the cross-entropy of the two."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, 1:] - x[:, :1]

@@ -1,25 +1,24 @@
-"""LpLA: the length of an embedding alone betrays membership, with one query per image.
+"""LpLA: the length of an embedding alone leaks membership, with one query per image.
 
 Source: Sun et al. (arXiv 2506.05743). Steps: 1 the whole image, 2 its vector, 3 the vector's p-norm, 4 the likelihood
-ratio of that norm under two densities, one fitted to members and one to strangers.
+ratio of that norm under two densities, one fitted to members and one to non-members.
 
-What is ours: of the paper only the abstract was at hand, so p = 2, the normal densities and their maximum-likelihood
-fit are our reading of "likelihood of the p-norm"; a kernel density stands beside it.
+Ours: of the paper only the abstract was at hand, so p = 2, the normal densities and their maximum-likelihood fit are
+our reading of "likelihood of the p-norm"; a kernel density stands beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mia_utils.attacks.encodermi import check_query
-from mia_utils.attacks.network import _check_features, _check_pair
+from mia_utils.attacks import network, query
 from mia_utils.models import views
 
 DENSITIES = ("normal", "kernel")
@@ -36,57 +35,45 @@ def extract_norms(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
-    """Query a frozen encoder once per image and measure its answer (steps 1-3).
+    """Query a frozen encoder once per image and measure its output (steps 1-3).
 
     Args:
         encoder: has ``embed`` and ``input_size``.
-        images: (N, H, W, 3) uint8; streamed ones (``datasets.folders.ImageFiles``) are decoded a chunk at a time.
+        images: (N, H, W, 3) uint8; streamed ones are decoded a chunk at a time.
         image_ids: N ids; nothing is random here, so they change nothing.
         p: order of the norm, > 0; ``float("inf")`` is the largest entry. On a class token after its layer norm the
             2-norm is all but constant: other p, or ``pooling="mean"``, have more to say.
         pooling: ``"cls"``, ``"mean"``, or ``"auto"`` = the vector that the method trained.
-        batch_size: images per forward. Changes nothing but speed.
+        batch_size: images per forward; changes nothing but speed.
 
     Returns:
         (N, 1) float32 on the CPU.
-
-    Raises:
-        ValueError: wrong shapes, p out of range, an encoder without vectors.
     """
-    images = check_query(encoder, images, image_ids)
+    images = query.check_query(encoder, images, image_ids)
     if not p > 0:
         raise ValueError(f"expected p > 0, got {p}")
-    device, norms = getattr(encoder, "device", "cpu"), [torch.empty(0, 1)]
-    with tqdm(total=len(images), unit="image", desc="norms", disable=not progress, delay=5, leave=False) as bar:
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, start + batch_size)
-            ids, pixels = list(image_ids[rows]), views.read_pixels(images, rows).to(device)
-            with torch.inference_mode():
-                whole = views.make_views(pixels, ids, size=encoder.input_size, seed=seed)  # 1. (n, 3, S, S)
-                vectors = encoder.embed(whole, pooling=pooling)  # 2. (n, D)
-                norm = torch.linalg.vector_norm(vectors.float(), ord=float(p), dim=1, keepdim=True)  # 3. (n, 1)
-            norms.append(norm.cpu())
-            bar.update(len(ids))
+    device, norms = query.get_device(encoder), [torch.empty(0, 1)]
+    for rows in query.iterate_chunks(len(images), batch_size, label="norms", progress=progress):
+        pixels = views.read_pixels(images, rows).to(device)
+        with torch.inference_mode():
+            whole = views.make_views(pixels, image_ids[rows], size=encoder.input_size, seed=seed)  # 1. (n, 3, S, S)
+            vectors = encoder.embed(whole, pooling=pooling)  # 2. (n, D)
+            norm = torch.linalg.vector_norm(vectors.float(), ord=float(p), dim=1, keepdim=True)  # 3. (n, 1)
+        norms.append(norm.cpu())
     return torch.cat(norms)
 
 
+@dataclass(frozen=True)
 class RatioAttacker:
-    """Two densities of the norm (step 4).
+    """Log-densities (N,) -> (N,) of the norm among members and among non-members (step 4)."""
 
-    Attributes:
-        members, strangers: functions (N,) -> (N,) log-densities.
-    """
-
-    def __init__(self, members, strangers) -> None:
-        self.members, self.strangers = members, strangers
+    members: Callable
+    nonmembers: Callable
 
     def score(self, features: np.ndarray | Tensor) -> np.ndarray:
         """Score images: (N, 1) norms -> (N,) float64 log likelihood ratio, higher = more likely a member."""
-        x = _check_features(features, "features")
-        if x.shape[1] != 1:
-            raise ValueError(f"expected features of shape (N, 1), got {x.shape}")
-        x = x[:, 0].astype(np.float64)
-        return self.members(x) - self.strangers(x)
+        x = _check_norms(network.check_features(features, "features"))
+        return self.members(x) - self.nonmembers(x)
 
 
 def fit_ratio(
@@ -97,27 +84,22 @@ def fit_ratio(
     density: str = "normal",
     seed: int = 0,
 ) -> RatioAttacker:
-    """Fit the norm's density among members and among strangers.
+    """Fit the norm's density among members and among non-members.
 
     Args:
         features: (N, 1) norms.
         is_member: (N,) bool.
-        validation: not used, nothing is chosen: the threshold can then be picked there.
+        validation, seed: not used, the fit is deterministic and chooses nothing: every attacker is called alike.
         density: ``"normal"``, or ``"kernel"`` (Gaussian kernels, Scott's bandwidth).
-        seed: not used: the fit is deterministic. It is here so that this attacker is called as all others.
-
-    Raises:
-        ValueError: wrong shapes, a class is missing or has no spread, an unknown density.
     """
-    x, y = _check_pair(features, is_member, "fit")
-    if x.shape[1] != 1:
-        raise ValueError(f"expected fit features of shape (N, 1), got {x.shape}")
+    x, y = network.check_pair(features, is_member, "fit")
+    x = _check_norms(x)
     if density not in DENSITIES:
         raise ValueError(f"expected density {' or '.join(DENSITIES)}, got {density!r}")
-    return RatioAttacker(*(_fit_density(x[y == side, 0].astype(np.float64), density) for side in (True, False)))
+    return RatioAttacker(*(_fit_density(x[y == side], density) for side in (True, False)))
 
 
-def _fit_density(x: np.ndarray, density: str):
+def _fit_density(x: np.ndarray, density: str) -> Callable:
     # norms that agree to rounding have no density; the floor keeps their ratio finite
     sd = max(x.std(), 1e-6 * max(np.abs(x).max(), 1e-6))
     if density == "normal":
@@ -125,3 +107,9 @@ def _fit_density(x: np.ndarray, density: str):
     if len(x) < 2 or x.std() < sd:
         raise ValueError(f"expected norms that differ, got {len(x)} equal ones: use density='normal' or another p")
     return stats.gaussian_kde(x).logpdf
+
+
+def _check_norms(x: np.ndarray) -> np.ndarray:
+    if x.shape[1] != 1:
+        raise ValueError(f"expected features of shape (N, 1), got {x.shape}")
+    return x[:, 0].astype(np.float64)

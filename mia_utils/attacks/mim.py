@@ -3,9 +3,10 @@
 Source: Li, He, Yu, Zhang (arXiv 2408.06825); difficulty calibration after Shafran et al. (a reference model's error
 tells how hard an image is). The attack replays the training: 1 masks, 2 reconstructions, 3 distance to the true pixels,
 averaged over the masks; 4 with a reference, minus its distance. Small distance = member; a threshold comes from a
-shadow model. Models are often released without a decoder: ``fit_decoder`` trains the attacker's own over the encoder.
+shadow model. Models are often released without a decoder: ``fit_decoder`` trains the attacker's decoder over the frozen
+encoder, which is a much weaker attack; ``decoder_of`` tells the two apart.
 
-Ours: M seeded masks, the same for every image. What a mask adds by being hard it adds to members and strangers alike.
+Ours: M seeded masks, the same for every image. What a mask adds by being hard it adds to members and non-members alike.
 Letters: N images, M masks, L patches.
 """
 
@@ -16,9 +17,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mia_utils import pretrain, seeds
+from mia_utils.attacks import query
 from mia_utils.models import views
 from mia_utils.models.encoders import Encoder
 from mia_utils.pretrain import mae
@@ -34,10 +35,7 @@ def draw_masks(n_masks: int, n_tokens: int, *, mask_ratio: float = 0.75, seed: i
     """Draw the masks of the attack (step 1); the first M of many masks are the masks of a smaller M.
 
     Returns:
-        (M, L) bool, True = hidden; each hides the same number of patches.
-
-    Raises:
-        ValueError: no mask, or masks that hide no patch or all patches.
+        (M, L) bool, True = hidden; each hides the same number of patches, some but not all.
     """
     if n_masks < 1:
         raise ValueError(f"expected n_masks of at least 1, got {n_masks}")
@@ -65,6 +63,7 @@ def measure_distance(
     side = round(n_tokens**0.5)
     truth = images.unsqueeze(1)  # (N, 1, 3, H, W)
     if distance == "ssim":
+        # here: torchmetrics takes a second to import, and only this distance needs it
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
         pair = made.flatten(0, 1), truth.expand_as(made).flatten(0, 1)
@@ -98,8 +97,7 @@ def _pick_space(autoencoder: object, *, distance: str, region: str, space: str) 
 def _check_model(autoencoder: object) -> None:
     """Raise a one-line error for what can't reconstruct, with the way out."""
     if callable(getattr(autoencoder, "reconstruct", None)) and hasattr(autoencoder, "n_tokens"):
-        side = round(autoencoder.n_tokens**0.5)
-        if side**2 != autoencoder.n_tokens:
+        if round(autoencoder.n_tokens**0.5) ** 2 != autoencoder.n_tokens:
             raise ValueError(f"expected a square grid of patches, got n_tokens={autoencoder.n_tokens}")
     elif isinstance(autoencoder, Encoder):
         way = "train a decoder over it with attacks.mim.fit_decoder"
@@ -127,13 +125,11 @@ def _take_images(images: np.ndarray | Tensor, rows: slice) -> Tensor:
 
 
 def _count_pairs(autoencoder: object, device: torch.device, height: int, width: int) -> int:
-    """Pairs of image and mask per forward, so that activations and differences fit a memory budget."""
-    # CPU: a few MB, where the forward was fastest (activations stay in the cache)
-    budget = 0.3 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 32e6
+    """Pairs of image and mask per forward, so that activations and differences fit memory."""
     backbone = getattr(autoencoder, "backbone", None)
     n_patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None) or autoencoder.n_tokens
     pair_bytes = 4 * (16 * getattr(backbone, "embed_dim", 768) * n_patches + 10 * 3 * height * width)
-    return max(1, min(int(budget / pair_bytes), 65536))
+    return query.fit_chunk(device, pair_bytes, cache=32e6)
 
 
 @torch.inference_mode()
@@ -152,7 +148,20 @@ def compute_distances(
 ) -> np.ndarray:
     """Distance of every image to its reconstruction from every mask (steps 1-3).
 
-    Arguments as in :func:`score_reconstruction`.
+    Args:
+        autoencoder: has ``reconstruct(images, masks)`` and ``n_tokens`` (``pretrain.Run.decoder``, or anything); it is
+            put into eval mode.
+        images: (N, H, W, 3) uint8, or (N, 3, H, W) float in [0, 1]. Of another size than the model's ``input_size``
+            they are resized by the query transform all attacks use (``views.make_views``, "resize"). Streamed ones
+            are decoded a chunk at a time.
+        n_masks: masks per image (M), the same for every image.
+        mask_ratio: share of hidden patches.
+        distance, region: see :func:`measure_distance`.
+        space: ``"auto"`` is ``"normalized"`` for a model trained with ``norm_pix_loss`` (SSIM: pixels), else
+            ``"pixels"``.
+        seed: of the masks.
+        batch_size: pairs of image and mask per forward; None fits it to memory. Changes nothing but speed.
+        progress: show a bar with images/s when it takes longer than five seconds.
 
     Returns:
         (N, M) float64, larger = worse reconstructed; the first columns are those of a smaller M.
@@ -172,29 +181,24 @@ def compute_distances(
         device = next((p.device for p in autoencoder.parameters()), device)
     masks = masks.to(device)
     pairs = batch_size or _count_pairs(autoencoder, device, height, width)
-    chunk = max(1, pairs // n_masks)
     distances = np.empty((len(images), n_masks))
-    with tqdm(total=len(images), unit="image", desc="reconstruct", disable=not progress, delay=5, leave=False) as bar:
-        for start in range(0, len(images), chunk):
-            x = _take_images(images, slice(start, start + chunk)).to(device)
-            if x.shape[-2:] != (height, width):
-                x = views.make_views(x, [""] * len(x), view="resize", size=size, seed=seed)
-            elif x.dtype == torch.uint8:
-                x = x.float().div_(255.0)
-            reconstruct = _prepare(autoencoder, x)
-            for column in range(0, n_masks, max(1, pairs)):
-                some = masks[column : column + pairs]
-                made = reconstruct(some).float()
-                if made.shape != (len(x), len(some), 3, height, width):
-                    raise ValueError(f"expected reconstructions {tuple(x.shape)} per mask, got {tuple(made.shape)}")
-                got = measure_distance(made, x, some, distance=distance, region=region, space=space)
-                distances[start : start + len(x), column : column + len(some)] = got.cpu().numpy()
-            bar.update(len(x))
-    if not np.isfinite(distances).all():
-        wrong = int((~np.isfinite(distances)).any(1).sum())
-        raise ValueError(
-            f"reconstructions of {wrong} of {len(images)} images are not finite: check the model's weights"
-        )
+    for rows in query.iterate_chunks(len(images), max(1, pairs // n_masks), label="reconstruct", progress=progress):
+        x = _take_images(images, rows).to(device)
+        if x.shape[-2:] != (height, width):
+            x = views.make_views(x, [""] * len(x), view="resize", size=size, seed=seed)
+        elif x.dtype == torch.uint8:
+            x = x.float().div_(255.0)
+        reconstruct = _prepare(autoencoder, x)
+        for column in range(0, n_masks, max(1, pairs)):
+            some = masks[column : column + pairs]
+            made = reconstruct(some).float()
+            if made.shape != (len(x), len(some), 3, height, width):
+                raise ValueError(f"expected reconstructions {tuple(x.shape)} per mask, got {tuple(made.shape)}")
+            got = measure_distance(made, x, some, distance=distance, region=region, space=space)
+            distances[rows, column : column + len(some)] = got.cpu().numpy()
+    if wrong := int((~np.isfinite(distances)).any(1).sum()):
+        n = len(images)
+        raise ValueError(f"reconstructions of {wrong} of {n} images are not finite: check the model's weights")
     return distances
 
 
@@ -209,44 +213,15 @@ def _prepare(autoencoder: torch.nn.Module, x: Tensor) -> Callable[[Tensor], Tens
     ).unflatten(0, (n, len(masks)))
 
 
-def score_reconstruction(
-    autoencoder: torch.nn.Module,
-    images: np.ndarray | Tensor,
-    *,
-    n_masks: int = 16,
-    mask_ratio: float = 0.75,
-    distance: str = "mse",
-    region: str = "masked",
-    space: str = "auto",
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> np.ndarray:
+def score_reconstruction(autoencoder: torch.nn.Module, images: np.ndarray | Tensor, **settings) -> np.ndarray:
     """Score images by how well a masked-image model reconstructs them (steps 1-3).
 
-    Args:
-        autoencoder: has ``reconstruct(images, masks)`` and ``n_tokens`` (``pretrain.Run.decoder``, or anything); it is
-            put into eval mode.
-        images: (N, H, W, 3) uint8, or (N, 3, H, W) float in [0, 1]. Of another size than the model's ``input_size``
-            they are resized by the query transform all attacks use (``views.make_views``, "resize"). Streamed ones
-            (``datasets.folders.ImageFiles``) are decoded a chunk at a time.
-        n_masks: masks per image (M), the same for every image.
-        mask_ratio: share of hidden patches.
-        distance, region: see :func:`measure_distance`.
-        space: ``"auto"`` is ``"normalized"`` for a model trained with ``norm_pix_loss`` (SSIM: pixels), else
-            ``"pixels"``; see :func:`measure_distance`.
-        seed: of the masks.
-        batch_size: pairs of image and mask per forward; None fits it to memory. Changes nothing but speed.
-        progress: show a bar with images/s when it takes longer than five seconds.
+    Arguments as in :func:`compute_distances`.
 
     Returns:
         (N,) float64: minus the mean distance, higher = more likely a member.
-
-    Raises:
-        ValueError: one line on what does not fit.
     """
-    settings = dict(n_masks=n_masks, mask_ratio=mask_ratio, distance=distance, region=region, space=space, seed=seed)
-    return -compute_distances(autoencoder, images, **settings, batch_size=batch_size, progress=progress).mean(axis=1)
+    return -compute_distances(autoencoder, images, **settings).mean(axis=1)
 
 
 def extract_distances(
@@ -269,22 +244,23 @@ def extract_distances(
 
     Args:
         image_ids: N ids; not used: all images share their masks, so nothing is random per image.
-        reference: another autoencoder, trained on other data: what it can't reconstruct either is hard, not strange.
+        reference: another autoencoder, trained on other data: what it can't reconstruct either is hard, not a
+            non-member. It is measured in the model's ``space``.
         alpha: weight of the reference's distance.
 
-    Further arguments as in :func:`score_reconstruction`; the reference is measured in the model's ``space``.
+    Further arguments as in :func:`compute_distances`.
 
     Returns:
         (N, 1) float64, smaller = more likely a member.
     """
     if len(image_ids) != len(images):
         raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
-    settings = dict(n_masks=n_masks, mask_ratio=mask_ratio, distance=distance, region=region, seed=seed)
-    settings |= dict(batch_size=batch_size, progress=progress)
     space = _pick_space(model, distance=distance, region=region, space=space)
-    d = compute_distances(model, images, **settings, space=space).mean(axis=1)
+    settings = dict(n_masks=n_masks, mask_ratio=mask_ratio, distance=distance, region=region, space=space, seed=seed)
+    settings |= dict(batch_size=batch_size, progress=progress)
+    d = compute_distances(model, images, **settings).mean(axis=1)
     if reference is not None:
-        d = d - alpha * compute_distances(reference, images, **settings, space=space).mean(axis=1)
+        d = d - alpha * compute_distances(reference, images, **settings).mean(axis=1)
     return d[:, None]
 
 
@@ -293,36 +269,20 @@ def score_distances(features: np.ndarray) -> np.ndarray:
     return -np.asarray(features, np.float64)[:, 0]
 
 
-def fit_decoder(
-    encoder: Encoder,
-    images: np.ndarray,
-    *,
-    epochs: int,
-    seed: int = 0,
-    method: str | None = None,
-    mask_ratio: float | None = None,
-    **settings: object,
-) -> torch.nn.Module:
-    """Train the attacker's own decoder over a target that was released without one; the encoder stays as it is.
+def compute_log_likeness(features: np.ndarray) -> np.ndarray:
+    """s = -log d (N,): what reference models calibrate, because a hard image is hard by a factor."""
+    return -np.log(np.asarray(features, np.float64)[:, 0])
 
-    Args:
-        encoder: over a timm ViT (any training: MAE, DINO, SimCLR ...) or, with ``"simmim"``, a Swin.
-        images: (N, H, W, 3) uint8, the attacker's own: not the target's members.
-        epochs: passes over them.
-        seed: of the decoder's weights, the order and the masks.
-        method: ``"mae"`` or ``"simmim"``; None: ``"simmim"`` for encoders trained so and for Swin, else ``"mae"``.
-        mask_ratio: share of hidden patches in this training; None: the method's own.
-        settings: further arguments of ``pretrain.fit`` (``batch_size``, ``decoder_dim``, ``progress`` ...).
+
+def fit_decoder(encoder: Encoder, images: np.ndarray, *, epochs: int, seed: int = 0, **settings) -> torch.nn.Module:
+    """Train the attacker's decoder over a target that was released without one; the encoder stays as it is.
+
+    Arguments as in :func:`train_decoder`.
 
     Returns:
-        An autoencoder with ``reconstruct``.
-
-    Raises:
-        ValueError: one line when no decoder fits this encoder.
+        An autoencoder with ``reconstruct``; its ``decoder_of`` is ``"attacker"``.
     """
-    return train_decoder(
-        encoder, images, epochs=epochs, seed=seed, method=method, mask_ratio=mask_ratio, **settings
-    ).decoder
+    return train_decoder(encoder, images, epochs=epochs, seed=seed, **settings).decoder
 
 
 def train_decoder(
@@ -335,7 +295,17 @@ def train_decoder(
     mask_ratio: float | None = None,
     **settings: object,
 ) -> pretrain.Run:
-    """Train as :func:`fit_decoder` does and return the whole training, which can be saved and loaded."""
+    """Train the attacker's decoder and return the whole training, which can be saved and loaded.
+
+    Args:
+        encoder: over a timm ViT (any training: MAE, DINO, SimCLR ...) or, with ``"simmim"``, a Swin.
+        images: (N, H, W, 3) uint8, the attacker's data: not the target's members.
+        epochs: passes over them.
+        seed: of the decoder's weights, the order and the masks.
+        method: ``"mae"`` or ``"simmim"``; None: ``"simmim"`` for encoders trained so and for Swin, else ``"mae"``.
+        mask_ratio: share of hidden patches in this training; None: the method's own.
+        settings: further arguments of ``pretrain.fit`` (``batch_size``, ``decoder_dim``, ``progress`` ...).
+    """
     if not isinstance(encoder, Encoder):
         raise ValueError(f"expected an Encoder to train a decoder over, got {type(encoder).__name__}")
     if method is None:

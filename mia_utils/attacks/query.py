@@ -1,0 +1,47 @@
+"""Querying a frozen model image by image: one loop over chunks, sized to fit memory, for every attack's extraction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mia_utils.models import views
+
+
+def iterate_chunks(n: int, chunk: int, *, label: str, progress: bool) -> Iterator[slice]:
+    """Yield the rows of successive chunks of n images; a bar with images/s appears where it takes over 5 seconds."""
+    with tqdm(total=n, unit="image", desc=label, disable=not progress, delay=5, leave=False) as bar:
+        for start in range(0, n, chunk):
+            rows = slice(start, min(start + chunk, n))
+            yield rows
+            bar.update(rows.stop - start)
+
+
+def fit_chunk(device: str | torch.device, image_bytes: float, *, cache: float, most: float = 65536) -> int:
+    """Images per forward: of a GPU's free memory 0.3, on a CPU what stays in its cache (fastest there).
+
+    Args:
+        device: of the model.
+        image_bytes: views, resampling and activations of one image.
+        cache: bytes of a chunk on a CPU.
+        most: upper bound, so that no kernel indexes past 32 bits.
+    """
+    device = torch.device(device)
+    budget = 0.3 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else cache
+    return max(1, int(min(budget / image_bytes, most)))
+
+
+def get_device(model: Any) -> torch.device:
+    """Device of a model; the CPU for a bare callable."""
+    return torch.device(getattr(model, "device", "cpu"))
+
+
+def check_query(model: Any, images: Any, image_ids: Sequence[str], *, need: str = "embed") -> Any:
+    """Check what is queried; return (N, H, W, 3) uint8 images to slice, streamed ones as they are."""
+    images = views.check_images(images, image_ids)
+    if not callable(getattr(model, need, None)):
+        raise ValueError(f"expected a model with {need}(images), got {type(model).__name__}: use encoders.wrap")
+    return images
