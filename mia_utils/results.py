@@ -105,72 +105,67 @@ def tabulate(
         DataFrame: column ``seed`` is empty where a row holds all ``n_seeds`` of its experiment; several seeds have a
         row each below it. No two rows agree in study, facts, parameters and seed.
     """
-    frame = pd.DataFrame(list(rows))
-    used = pd.DataFrame([(s, k) for s, keys in studies.items() for k in dict.fromkeys(keys)], columns=["study", "key"])
-    if frame.empty or used.empty:
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["key"], []).append(row)
+    columns = dict.fromkeys(["study", *FACTS, *NUMBERS, *(name for own in found.values() for row in own for name in row)])
+    same = [name for name in columns if name not in {*NUMBERS, "seed", "key", "split", "clear"}]
+    experiments: dict[tuple, dict[Any, dict]] = {}
+    for study, keys in studies.items():
+        for row in (row for key in dict.fromkeys(keys) for row in found.get(key, ())):
+            row = {"study": study, **row}
+            # by seed: one evaluation, asked for under two spellings, stands once
+            experiments.setdefault(tuple(str(row.get(name)) for name in same), {})[row.get("seed")] = row
+    if not experiments:
         return pd.DataFrame(
             columns=["study", *FACTS, "seed", "n_seeds", "auc", "auc_low", "auc_high", "verdict", "key"]
         )
-    for name in (*FACTS, "seed", "split", "clear", *NUMBERS):
-        frame[name] = frame[name] if name in frame else None
-    rejected = _find_rejected(frame)
-    frame = used.merge(frame, on="key", how="inner", sort=False)
-    same = [name for name in frame if name not in {*NUMBERS, "seed", "key", "split", "clear", "p", "model_id"}]
-    text = frame[same].astype(object).where(frame[same].notna(), "").astype(str).agg("|".join, axis=1)
-    table = []
-    for _, part in frame.groupby(text, sort=False):
-        part = part.drop_duplicates("seed", keep="last")  # one evaluation, asked for under two spellings
-        found = part.to_dict("records")
-        for row in found:
-            row |= {"n_seeds": 1, "rejected": row["key"] in rejected}
-        if len(found) > 1:
-            keys = [row["key"] for row in found]
-            means = {name: pd.to_numeric(part[name], errors="coerce").mean() for name in MEANS}
-            whole = {name: found[0][name] for name in (*same, "split")} | means | merge(keys, found[0]["control"])
-            table.append(
-                whole | {"key": ";".join(keys), "n_seeds": len(found), "rejected": any(r["rejected"] for r in found)}
-            )
+    rejected, table = _find_rejected([row for own in found.values() for row in own]), []
+    for seeds in experiments.values():
+        own = [row | {"n_seeds": 1, "rejected": row["key"] in rejected} for row in seeds.values()]
+        if len(own) == 1:
+            own[0]["seed"] = None
         else:
-            found[0]["seed"] = None
-        table += found
-    table = pd.DataFrame(table)
-    table["seed"] = pd.to_numeric(table["seed"]) if "seed" in table else None
-    table["verdict"] = [_decide(row, blind) for row, blind in _pair(table.to_dict("records"), same)]
-    first = [
-        *(name for name in ("study", *FACTS) if name in table),
-        "seed",
-        "n_seeds",
-        "auc",
-        "auc_low",
-        "auc_high",
-        "verdict",
-    ]
-    return table[[*first, *(name for name in table if name not in {*first, "rejected", "clear"})]]
+            keys, first = [row["key"] for row in own], own[0]
+            whole = {name: first[name] for name in (*same, "split") if name in first}
+            whole |= {name: float(np.mean([row[name] for row in own])) for name in MEANS if all(name in r for r in own)}
+            whole |= merge(keys, first["control"]) | {"key": ";".join(keys), "n_seeds": len(own), "seed": None}
+            table.append(whole | {"rejected": any(row["rejected"] for row in own)})
+        table += own
+    for row, blind in _pair(table, same):
+        row["verdict"] = _decide(row, blind)
+    frame = pd.DataFrame(table, columns=[*columns, "n_seeds", "verdict"])
+    frame["seed"] = pd.to_numeric(frame["seed"])
+    first = ["study", *FACTS, "seed", "n_seeds", "auc", "auc_low", "auc_high", "verdict"]
+    return frame[[*first, *(name for name in frame if name not in {*first, "clear"})]]
 
 
-def _find_rejected(frame: pd.DataFrame) -> set[str]:
+def _find_rejected(rows: list[dict]) -> set[str]:
     """Keys of the evaluations whose no-model control is rejected: Holm among all no-model rows, each split once."""
-    blind = frame[(frame["control"] == "no-model") & (frame["protocol"] == "controlled")]
-    once = blind.assign(p=blind["p"].astype(float)).drop_duplicates(["split", "auc"])
-    verdict = intervals.judge_controls(dict(zip(once["key"], once["p"], strict=True)))
-    bad = once[once["key"].isin(verdict.loc[verdict["rejected"], "control"])]
-    return set(blind.merge(bad[["split", "auc"]], on=["split", "auc"])["key"])
+    blind = [row for row in rows if row["control"] == "no-model" and row.get("protocol") == "controlled"]
+    once = {(row.get("split"), row["auc"]): row["p"] for row in blind}
+    if not once:
+        return set()
+    verdict = intervals.judge_controls({str(place): p for place, p in once.items()})
+    bad = set(verdict.loc[verdict["rejected"], "control"])
+    return {row["key"] for row in blind if str((row.get("split"), row["auc"])) in bad}
 
 
 def _pair(rows: list[dict], same: list[str]) -> Iterator[tuple[dict, dict | None]]:
     """Each row with the no-model row of its experiment and seed, None where there is none."""
     cells = [*(name for name in same if name != "control"), "seed"]
-    place = lambda row: tuple("" if pd.isna(row[name]) else str(row[name]) for name in cells)  # noqa: E731
+    place = lambda row: tuple(str(row.get(name)) for name in cells)  # noqa: E731
     blind = {place(row): row for row in rows if row["control"] == "no-model"}
     for row in rows:
         yield row, None if row["control"] else blind.get(place(row))
 
 
 def _decide(row: dict[str, Any], blind: dict[str, Any] | None) -> str:
-    clear = None if blind is None or pd.isna(row["clear"]) else bool(row["clear"])
     control = None
     if blind is not None:
-        control = intervals.Control(blind["auc"], blind["auc_low"], blind["auc_high"], bool(row["rejected"]), clear)
+        control = intervals.Control(
+            blind["auc"], blind["auc_low"], blind["auc_high"], row["rejected"], row.get("clear")
+        )
     return str(intervals.decide(row["auc"], row["auc_low"], row["auc_high"], control=control))
 
 

@@ -6,9 +6,12 @@ Nothing here reads or writes the global random state.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *names: object) -> int:
@@ -27,6 +30,8 @@ def derive(seed: int, *names: object) -> int:
 
 def generator(seed: int, *names: object) -> torch.Generator:
     """Return a CPU ``torch.Generator`` for a named stream (CPU and GPU runs then agree)."""
+    import torch  # seconds to import, and replay needs none
+
     return torch.Generator().manual_seed(derive(seed, *names))
 
 
