@@ -109,7 +109,7 @@ def tabulate(
     for row in rows:
         found.setdefault(row["key"], []).append(row)
     columns = dict.fromkeys(["study", *FACTS, *NUMBERS, *(name for own in found.values() for row in own for name in row)])
-    same = [name for name in columns if name not in {*NUMBERS, "seed", "key", "split", "clear"}]
+    same = [name for name in columns if name not in {*NUMBERS, "seed", "key", "split", "clear", "model_id"}]
     experiments: dict[tuple, dict[Any, dict]] = {}
     for study, keys in studies.items():
         for row in (row for key in dict.fromkeys(keys) for row in found.get(key, ())):
