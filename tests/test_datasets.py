@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import tarfile
 import threading
@@ -359,15 +360,99 @@ def test_missing_and_empty_folders_and_too_large_n_are_one_line(tmp_path):
         datasets.load(f"folder:{tmp_path}", n=2)
 
 
-def test_grey_palette_and_transparent_images_become_rgb_and_16_bit_is_refused(tmp_path):
-    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
-    Image.new("RGBA", (4, 4), (1, 2, 3, 0)).save(tmp_path / "glass.png")
+def test_gray_and_palette_images_become_rgb_and_16_bit_is_refused(tmp_path):
+    Image.new("L", (4, 4), 7).save(tmp_path / "gray.png")
     Image.new("P", (4, 4)).save(tmp_path / "palette.gif")
     pool = datasets.load(f"folder:{tmp_path}")
-    assert pool.images.shape == (3, 4, 4, 3) and (pool.images[1] == 7).all()
+    assert pool.images.shape == (2, 4, 4, 3) and (pool.images[0] == 7).all()
     Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match="deep.png.*8 bits"):
         datasets.load(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white_and_what_is_opaque_is_as_it_was(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (4, 8, 4), dtype=np.uint8)
+    rgba[:, :4, 3], rgba[:, 4:, 3] = 0, 255
+    image = Image.fromarray(rgba)
+    if mode == "P":
+        image = Image.fromarray(np.tile(np.arange(8, dtype=np.uint8), (4, 1)))
+        image.putpalette(rng.integers(0, 200, 24).astype(np.uint8).tobytes())
+        image.info["transparency"] = bytes([0] * 4 + [255] * 4)
+    image = image.convert(mode)
+    image.save(tmp_path / "a.png")
+    pixels = datasets.load(f"folder:{tmp_path}").images[0]
+    assert (pixels[:, :4] == 255).all() and np.array_equal(pixels[:, 4:], np.asarray(image.convert("RGB"))[:, 4:])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_and_masks_are_turned_as_their_exif_orientation_says(tmp_path, orientation):
+    upright = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    stored = Image.fromarray(upright)
+    if orientation > 1:
+        undo = (None, None, 0, 3, 1, 5, 4, 6, 2)[orientation]  # Pillow's Transpose that shows a stored image upright
+        inverse = {2: 4, 4: 2}.get(undo, undo)  # a quarter turn is undone by the other one
+        stored = stored.transpose(Image.Transpose(inverse))
+    exif = Image.Exif()
+    exif[274] = orientation
+    for part, pixels in (("images", stored), ("masks", stored.getchannel(0).point(lambda x: x % 3))):
+        (tmp_path / part).mkdir()
+        pixels.save(tmp_path / part / "a.png", exif=exif)
+    pool = datasets.load(f"folder:{tmp_path}")
+    assert np.array_equal(pool.images[0], upright) and np.array_equal(pool.masks[0], upright[:, :, 0] % 3)
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jfif", "JPE", "jp2", "tga", "JPG", "webp", "ppm", "bmp", "tiff", "qoi"])
+def test_what_pillow_reads_is_read(tmp_path, suffix):
+    kind = {"jfif": "jpeg", "jpe": "jpeg", "jp2": "jpeg2000", "jpg": "jpeg"}.get(suffix.lower(), suffix)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", format=kind)
+    pool = datasets.load(f"folder:{tmp_path}")
+    assert np.array_equal(pool.images[0], np.asarray(Image.open(tmp_path / f"a.{suffix}").convert("RGB")))
+
+
+def make_link_loop(folder: Path) -> None:
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+
+
+@pytest.mark.parametrize(
+    ("add", "reason"),
+    [
+        (lambda f: os.mkfifo(f / "pipe.png"), "pipe.png (1: no regular file)"),
+        (lambda f: (f / "gone.png").symlink_to(f / "nowhere.png"), "gone.png (1: no regular file)"),
+        (lambda f: (f / "._ok.png").write_bytes(b"\0\5\x16\7"), "._ok.png (1: hidden"),
+        (lambda f: (f / "Thumbs.db").write_bytes(b"x"), "Thumbs.db (1: hidden"),
+        (lambda f: write_images(f, ["__MACOSX/ok.png"]), "__MACOSX (1: hidden"),
+        (lambda f: write_images(f, [".ipynb_checkpoints/ok-checkpoint.png"]), ".ipynb_checkpoints (1: hidden"),
+        (lambda f: [(f / f"{i}.heic").touch() for i in range(5)], "0.heic, 1.heic, 2.heic ... (5: no image format"),
+        (make_link_loop, "loop (1: a link to a folder above it)"),
+    ],
+)
+def test_what_is_left_out_is_counted_and_named_in_one_line(tmp_path, capsys, add, reason):
+    write_images(tmp_path, ["ok.png"])
+    assert len(datasets.load(f"folder:{tmp_path}")) == 1 and not capsys.readouterr().err
+    add(tmp_path)
+    pool = datasets.load(f"folder:{tmp_path}")
+    said = capsys.readouterr().err.splitlines()
+    assert pool.image_ids.tolist() == ["ok.png"] and len(said) == 1 and reason in said[0], said
+
+
+def test_linked_classes_are_classes(tmp_path):
+    write_images(tmp_path / "set", ["a/0.png", "a/1.png"])
+    write_images(tmp_path / "elsewhere", ["0.png"])
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    pool = datasets.load(f"folder:{tmp_path / 'set'}")
+    assert pool.class_names == ("a", "b") and pool.image_ids.tolist() == ["a/0.png", "a/1.png", "b/0.png"]
+
+
+@pytest.mark.parametrize("name", ["folder:", "folder:  "])
+def test_a_folder_without_a_name_is_refused(tmp_path, monkeypatch, name):
+    write_images(tmp_path, ["a.png"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="expected the path of an image folder"):
+        datasets.load(name)
+    assert len(datasets.load("folder:.")) == 1
 
 
 def test_n_files_of_a_folder_are_drawn_before_decoding(tmp_path):

@@ -90,21 +90,31 @@ def test_a_size_cuts_image_and_mask_alike(tmp_path):
     assert inside.mean() > 0.5
 
 
+def write_as(folder: Path, suffix: str, **options) -> None:
+    (folder / "masks" / "b.png").unlink()
+    Image.fromarray(RNG.integers(0, 3, (8, 12)).astype(np.uint8)).save(folder / "masks" / f"b.{suffix}", **options)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "masks" / "b.png").unlink(), ["images", "b.png", "no mask", "3 images, 2 masks"]),
+        (lambda f: (f / "masks" / "b.png").unlink(), ["images", "b.png", "no mask", "3 images, 2 masks", "masks/a/b"]),
         (lambda f: (f / "images" / "b.png").unlink(), ["masks", "b.png", "no image", "2 images, 3 masks"]),
         (lambda f: write_mask(f / "masks" / "b.png", (8, 13)), ["b.png", "8 x 13", "8 x 12", "same size"]),
         (lambda f: write_mask(f / "masks" / "b.png", ids=(3,)), ["b.png", "id 3", "0 to 2"]),
-        (lambda f: write_image(f / "masks" / "b.png"), ["b.png", "RGB", "one 8-bit channel"]),
+        (lambda f: write_image(f / "masks" / "b.png"), ["b.png", "mode RGB", "colors.txt"]),
+        (lambda f: write_as(f, "jpg"), ["b.jpg", "JPEG is lossy"]),
+        (lambda f: write_as(f, "png", format="jpeg"), ["b.png", "JPEG is lossy"]),
+        (lambda f: write_as(f, "webp", lossless=True), ["b.webp", "WEBP is lossy"]),
+        (lambda f: write_as(f, "tiff", compression="jpeg"), ["b.tiff", "TIFF is lossy"]),
+        (lambda f: write_image(f / "images" / "b.bmp"), ["b.png", "a second image beside b.bmp", "the same path"]),
         (lambda f: (f / "masks" / "b.png").write_bytes(b"<html>"), ["b.png", "can not be read"]),
         (lambda f: (f / "images" / "b.png").write_bytes(b"<html>"), ["b.png", "can not be read"]),
         (lambda f: write_mask(f / "masks" / "b.gif"), ["b.png", "second mask"]),
         (lambda f: [p.unlink() for p in (f / "images").iterdir()], ["images", "no image in this folder"]),
         (
             lambda f: Image.fromarray(np.full((8, 12), 300, np.uint16)).save(f / "masks" / "b.png"),
-            ["b.png", "I;16", "one 8-bit channel"],
+            ["b.png", "16-bit mask", "one 8-bit channel"],
         ),
     ],
 )
@@ -145,6 +155,71 @@ def test_two_folders_become_the_pool_of_an_audit(tmp_path):
     (tmp_path / "out" / "classes.txt").write_text("sky\nroad\ncar\n")
     with pytest.raises(ValueError, match="same class_names"):
         datasets.join_pools(pools[0], datasets.load(f"folder:{tmp_path / 'out'}"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "names", "void", "expected"),
+    [
+        ((0, 255), None, "auto", (2, {0: 0, 255: 1})),  # the foreground of a binary mask is a class
+        ((0, 255), "background\npolyp", "auto", (2, {0: 0, 255: 1})),
+        ((0, 255), "background\npolyp", None, (2, {0: 0, 255: 1})),
+        ((0, 255), None, 255, (1, {0: 0, 255: 255})),
+        ((0, 255), "a\nb\nc", "auto", "masks hold the values 0, 255: is 255 void"),
+        ((0, 255), "a\nb\nc", 255, (3, {0: 0, 255: 255})),
+        ((0, 1, 255), None, "auto", (2, {0: 0, 1: 1, 255: 255})),
+        ((0, 1, 255), None, None, "masks hold the values 0, 1, 255: is 255 void"),
+        ((0, 1, 2), None, 2, (2, {0: 0, 1: 1, 2: 255})),
+        ((0, 128, 255), None, "auto", "masks hold the values 0, 128, 255: .* gray levels .*colors.txt"),
+        ((0, 1), None, 300, "expected void to be a value"),
+    ],
+)
+def test_255_is_void_or_the_foreground_and_never_vanishes_silently(tmp_path, capsys, ids, names, void, expected):
+    pairs_written = make_pairs(tmp_path, ["a", "b"], ids=ids, size=(16, 16))
+    if names:
+        (tmp_path / "classes.txt").write_text(names)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected) as error:
+            datasets.load(f"folder:{tmp_path}", void=void)
+        one_line(error)
+        return
+    pool = datasets.load(f"folder:{tmp_path}", void=void)
+    assert len(pool.class_names) == expected[0]
+    for name, mask in zip(pool.image_ids, pool.masks, strict=True):
+        assert np.array_equal(mask, np.vectorize(expected[1].get)(pairs_written[str(name)][1]))
+    assert ("255 is read as the second class" in capsys.readouterr().err) == (expected[1].get(255) == 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_masks_of_colors_are_read_by_colors_txt(tmp_path, mode):
+    write_image(tmp_path / "images" / "a.png")
+    ids = RNG.integers(0, 4, (8, 12))
+    colors = np.array([[0, 0, 0], [128, 128, 128], [255, 255, 255], [7, 7, 7]], np.uint8)
+    lines = "0 0 0 sky\n128 128 128 void\n\n255 255 255 car\n7 7 7 sky\n"
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(colors[ids]).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / "masks" / "a.png")
+    (tmp_path / "colors.txt").write_text(lines)
+    pool = datasets.load(f"folder:{tmp_path}")
+    assert pool.class_names == ("sky", "car") and np.array_equal(pool.masks[0], np.array([0, 255, 1, 0])[ids])
+    for text, message in (
+        (lines.replace("255 255 255", "1 2 3"), "a.png: holds the color 255 255 255, not listed in colors.txt"),
+        (lines + "300 0 0 x", "colors.txt: expected 'R G B name' with 0 to 255 each, got '300 0 0 x'"),
+        (lines + "0 0 0 again", "a color is listed twice"),
+        (" \n", "an empty file"),
+    ):
+        (tmp_path / "colors.txt").write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            datasets.load(f"folder:{tmp_path}")
+        one_line(error)
+
+
+def test_masks_of_the_same_proportions_are_scaled_with_their_images_on_demand(tmp_path):
+    write_image(tmp_path / "images" / "a.png", (16, 24))
+    small = write_mask(tmp_path / "masks" / "a.png", (8, 12))
+    with pytest.raises(ValueError, match="mask of 8 x 12 for an image of 16 x 24 .*the same proportions and size="):
+        datasets.load(f"folder:{tmp_path}")
+    assert np.array_equal(datasets.load(f"folder:{tmp_path}", size=(16, 24)).masks[0], np.kron(small, np.ones((2, 2))))
+    with pytest.raises(ValueError, match="void= is for folders with images and masks"):
+        datasets.load(f"folder:{tmp_path / 'images'}", void=0)
 
 
 # ------------------------------------------------------------------------------------------- CamVid
@@ -391,7 +466,7 @@ def test_every_mapping_goes_between_the_classes_of_its_spaces():
             assert set(mapping.values()) <= set(labels.get_label_space(target))
             if source == target:
                 assert list(mapping) == list(mapping.values()) == list(labels.get_label_space(source))
-    assert len(labels.get_mapping("cityscapes", "camvid")) == 19 and len(labels.get_mapping("camvid", "cityscapes")) == 11
+    assert [len(labels.get_mapping(*x)) for x in (("cityscapes", "camvid"), ("camvid", "cityscapes"))] == [19, 11]
     mapillary = labels._read_space("mapillary").values()
     assert {row["cityscapes"] for row in mapillary} == set(labels.get_label_space("cityscapes"))  # no class is lost
     assert labels.get_label_space("scenes") == scenes.MASK_CLASS_NAMES
@@ -412,8 +487,8 @@ def test_a_pool_is_mapped_by_name_and_what_has_no_counterpart_is_void(tmp_path):
         assert (mapped.masks[scenes.masks == i] == expected).all(), name
     make_cityscapes(tmp_path)
     street = datasets.load("cityscapes@camvid", tmp_path, size=(8, 16))
-    assert street.class_names == labels.get_label_space("camvid") and set(np.unique(street.masks)) == {3, 8, 255}  # road, car
-    assert street.groups is not None
+    assert street.class_names == labels.get_label_space("camvid") and street.groups is not None
+    assert set(np.unique(street.masks)) == {3, 8, 255}  # road, car
 
 
 def test_pools_without_masks_or_with_unknown_classes_can_not_be_mapped(tmp_path):

@@ -7,8 +7,8 @@ Your own data set is one of three things: a folder (``folder:PATH``), an npz fil
 
 from mia_utils.datasets.cache import MappedImages, join_images, read_cache, write_cache
 from mia_utils.datasets.labels import get_label_space, get_mapping, map_labels
-from mia_utils.datasets.sources import SOURCES, list_names, load, register_source, split_carelessly
 from mia_utils.datasets.pool import VOID, Pool, check_arrays, join_pools, make_blocks, to_float
+from mia_utils.datasets.sources import SOURCES, list_names, load, register_source, split_carelessly
 
 __all__ = [
     "SOURCES", "VOID", "MappedImages", "Pool", "check_arrays", "get_label_space", "get_mapping", "join_images",

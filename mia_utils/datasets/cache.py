@@ -23,11 +23,8 @@ class MappedImages(np.lib.mixins.NDArrayOperatorsMixin):
     """Images that stay on disk: an array uint8 (N, H, W, 3) that takes no memory.
 
     An int gives one image (H, W, 3); a slice, positions or a bool mask give other ``MappedImages``, and nothing is
-    read. ``np.asarray(images[rows])`` reads them, as do arithmetic and numpy functions.
-
-    Args:
-        maps: memory maps (n, H, W, 3) uint8 of one H and W.
-        rows: (N,) positions in the maps one after the other; None: all.
+    read. ``np.asarray(images[rows])`` reads them, as do arithmetic and numpy functions. ``rows`` (N,) are positions in
+    the ``maps`` (n, H, W, 3) uint8, one after the other.
     """
 
     dtype, ndim = np.dtype(np.uint8), 4
@@ -162,13 +159,12 @@ def write_cache(path: str | Path, arrays: Mapping[str, Any]) -> None:
 def map_rows(path: Path, n: int, rows: Iterator[np.ndarray]) -> np.memmap:
     """Map n rows of one shape, uint8, into memory; written once, and again where the file is not as it was written.
 
-    Args:
-        path: ``SOURCE.DATA.npy``; files of the same SOURCE and other DATA are removed.
-        rows: read only where the file must be written.
+    Of the files ``SOURCE.DATA.npy`` those of the same SOURCE and other DATA are removed.
     """
-    with lock(path.parent, path.name.partition(".")[0]):
+    source = path.name.partition(".")[0]
+    with lock(path.parent, source):
         if not _is_whole(path):
-            for old in path.parent.glob(f"{path.name.partition('.')[0]}.*.npy"):
+            for old in path.parent.glob(f"{source}.*.npy"):
                 old.unlink()
             # written, not mapped: a full disk is an error here and a crash there
             paths.write_atomic(path, lambda file: _write_rows(file, n, rows))

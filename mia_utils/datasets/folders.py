@@ -37,12 +37,7 @@ def list_suffixes() -> frozenset[str]:
 
 
 def list_images(path: Path, left_out: dict[str, list[str]]) -> list[str]:
-    """List the image files below a folder, symbolic links followed, as sorted relative paths.
-
-    Args:
-        path: the folder.
-        left_out: what is not listed is added here, reason -> relative paths.
-    """
+    """List the image files below a folder, links followed, as sorted relative paths; the rest goes to ``left_out``."""
     if not path.is_dir():
         raise FileNotFoundError(f"expected a folder of images, got {path}, which is no folder: check the path")
     names: list[str] = []
@@ -122,8 +117,6 @@ def read_folder(
         seed: which n files.
         stream: decode into memory maps in this folder, once, instead of into memory.
 
-    Returns:
-        dict with the arrays of a ``Pool``.
     """
     path, left_out = Path(path), {}
     names = draw_names(list_images(path, left_out), n, seeds.rng(seed, "folders.read_folder"), path)
@@ -149,17 +142,17 @@ def decode(
     stream: Path | None = None,
     key: tuple = (),
 ) -> np.ndarray:
-    """Decode files in threads, into memory or once into a memory map.
+    """Decode files in threads, into memory or once into a memory map; what can't be read is one line that names it.
 
     Args:
-        read: called with the files of an item; returns (H, W, channels) uint8.
-        items: N tuples of files, of which the first is the image.
+        read: called with the files of an item, the image first; returns (H, W, channels) uint8.
+        items: N tuples of files.
         title: text before the progress bar.
         stream: folder of the memory map; None: memory.
         key: what the pixels depend on beside the files themselves.
 
     Returns:
-        (N, H, W, channels) uint8. A file that can't be read and mixed sizes are one line that names them.
+        (N, H, W, channels) uint8.
     """
 
     def read_rows() -> Iterator[np.ndarray]:

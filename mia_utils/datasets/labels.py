@@ -1,9 +1,9 @@
 """Label spaces of segmentation sets, and the mapping between them: one table, ``label_spaces.csv``.
 
-Cityscapes' 19 classes, CamVid's 11 (groups of finer ones, whose definition tells where each of the 19 belongs; the
-other way a group maps to its most frequent class only) and the scenes' 11, of which four have a counterpart in a
-street ("ground" may be floor, grass or road: it maps to none of them). What is left empty has no honest counterpart
-and becomes void.
+CamVid's 11 classes are groups of finer ones, whose definition tells where each of Cityscapes' 19 belongs; the other
+way a group maps to its most frequent class only. The scenes' "ground" may be floor, grass or road: it maps to none of
+them. What is left empty has no honest counterpart and becomes void. Mapillary Vistas' names (1.2 and 2.0) follow
+Cityscapes' definitions: parking, rail tracks, bridges, guard rails, backs of signs, trailers are left out of the 19.
 """
 
 from __future__ import annotations
@@ -42,33 +42,18 @@ def get_mapping(source: str, target: str) -> dict[str, str]:
 
 
 def make_mapillary_table(names: Sequence[str]) -> np.ndarray:
-    """Map Mapillary Vistas' class names (versions 1.2 and 2.0) to Cityscapes' 19: the longest known prefix decides.
-
-    After Cityscapes' definitions: parking, rail tracks, bridges, tunnels, guard rails, backs of signs, caravans and
-    trailers are classes of their own there that are left out of the 19.
-
-    Returns:
-        (256,) uint8 position in ``names`` -> class, 255 for what has no counterpart.
-    """
+    """Map Mapillary Vistas' names to Cityscapes' 19, the longest known prefix decides. -> (256,) uint8, void 255"""
     known, classes, table = _read_space("mapillary"), get_label_space("cityscapes"), np.full(256, VOID, np.uint8)
     for i, name in enumerate(names[:256]):
-        parts = name.split("--")
-        prefixes = ["--".join(parts[:length]) for length in range(len(parts), 0, -1)]
-        if found := [known[prefix] for prefix in prefixes if prefix in known]:
-            table[i] = classes.index(found[0]["cityscapes"])
+        while name and name not in known:
+            name = name.rpartition("--")[0]
+        if name:
+            table[i] = classes.index(known[name]["cityscapes"])
     return table
 
 
 def map_labels(pool: Pool, space: str) -> Pool:
-    """Rename the label maps of a pool into another label space: the independent setting's shadow data.
-
-    Args:
-        pool: with masks in one of the known label spaces (``cityscapes`` for bdd100k and mapillary too).
-        space: ``"cityscapes"``, ``"camvid"`` or ``"scenes"``.
-
-    Returns:
-        Pool with the masks and ``mask_class_names`` of ``space``; classes without counterpart are void.
-    """
+    """Rename the label maps of a pool into another label space: the independent setting's shadow data."""
     target = get_label_space(space)
     if pool.masks is None:
         raise ValueError(f"data set {pool.name!r} has no label maps: nothing to map to {space!r}")

@@ -181,9 +181,10 @@ def _read_classes(path: Path) -> tuple[list[str] | None, dict[int, int] | None]:
                 if len(field) < 3 or not all(x.isdecimal() and int(x) < 256 for x in field[:3]):
                     raise ValueError(f"{path / name}: expected 'R G B name' with 0 to 255 each, got {line[:60]!r}")
             names = [field[3] if len(field) > 3 else f"class {i}" for i, field in enumerate(fields)]
-            # two colors may have one name: they are one class
-            classes = list(dict.fromkeys(names))
             codes = [int(r) << 16 | int(g) << 8 | int(b) for r, g, b, *_ in fields]
+            if len(set(codes)) < len(codes):
+                raise ValueError(f"{path / name}: a color is listed twice: remove one line")
+            classes = list(dict.fromkeys(names))  # two colors may have one name: they are one class
             return classes, {code: classes.index(name) for code, name in zip(codes, names, strict=True)}
     return None, None
 

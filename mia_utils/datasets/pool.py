@@ -39,15 +39,14 @@ class Pool:
     Attributes:
         name: name of the data set.
         images: (N, H, W, 3) uint8; of a streamed pool ``MappedImages``, read by ``np.asarray(pool.images[rows])``.
-        labels: (N,) int64 in [0, len(class_names)); zeros where images have no single class (segmentation).
+        labels: (N,) int64 positions in ``class_names``; zeros where images have no single class (segmentation).
         image_ids: (N,) str, unique, given by the source; random streams are keyed by them.
-        official_split: (N,) str such as ``train`` and ``test``, or None.
+        official_split: (N,) str such as ``train`` and ``test``.
         class_names: names of the labels (of the mask classes where there are masks and no labels).
-        masks: (N, H, W) uint8 class of each pixel, void 255, or None.
-        groups: (N,) str, the smallest unit that is never split, or None. ``DRIVE/BLOCK`` is stratified by ``DRIVE``.
-        part_boxes: (N, P, 4) float32 y0, x0, y1, x1 in pixels, NaN where a part is absent, or None.
-        part_names: names of the P parts, or None.
-        mask_class_names: names of the mask classes where they differ from ``class_names``, or None.
+        masks: (N, H, W) uint8 class of each pixel, void 255.
+        groups: (N,) str, the smallest unit that is never split. ``DRIVE/BLOCK`` is stratified by ``DRIVE``.
+        part_boxes, part_names: (N, P, 4) float32 y0, x0, y1, x1 in pixels, NaN where a part is absent; P names.
+        mask_class_names: names of the mask classes where they differ from ``class_names``.
     """
 
     name: str
@@ -100,14 +99,9 @@ class Pool:
 
 
 def check_arrays(arrays: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Check the arrays of a pool and bring them to their types; a wrong one is one line that names ``where`` and it.
+    """Check the arrays of a pool and bring them to their types (zeros for missing labels where there are masks).
 
-    Args:
-        arrays: array name to array; the names are those of ``Pool``.
-        where: file or pool that errors name.
-
-    Returns:
-        dict with the same names; labels int64, names as tuples; labels are zeros where only masks are given.
+    A wrong one is one line that names it and ``where`` it lies.
     """
     unknown = sorted(set(arrays) - set(ARRAYS))
     if unknown:
@@ -168,11 +162,7 @@ def _describe(value: np.ndarray) -> str:
 
 
 def to_float(images: np.ndarray) -> torch.Tensor:
-    """Turn images (N, H, W, 3) uint8, in memory or streamed, into what encoders take.
-
-    Returns:
-        (N, 3, H, W) float32 in [0, 1], contiguous.
-    """
+    """Turn images (N, H, W, 3) uint8, in memory or streamed, into (N, 3, H, W) float32 in [0, 1], contiguous."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"expected uint8 images (N, H, W, 3), got {images.dtype} {images.shape}")
@@ -180,15 +170,10 @@ def to_float(images: np.ndarray) -> torch.Tensor:
 
 
 def make_blocks(image_ids: np.ndarray, drives: np.ndarray, *, length: int = VIDEO_BLOCK) -> np.ndarray:
-    """Cut each drive into blocks of consecutive frames.
-
-    Args:
-        image_ids: (N,) str whose order within a drive is the order in time.
-        drives: (N,) str.
-        length: frames a block; the last one of a drive may be shorter.
+    """Cut each drive (N,) str into blocks of consecutive frames; ids (N,) str are in the order of time within a drive.
 
     Returns:
-        (N,) str ``DRIVE/BLOCK``, for example ``0001TP/003``.
+        (N,) str ``DRIVE/BLOCK``, for example ``0001TP/003``; the last block of a drive may be shorter.
     """
     groups = np.empty(len(drives), dtype=object)
     for drive in np.unique(drives):
@@ -198,16 +183,12 @@ def make_blocks(image_ids: np.ndarray, drives: np.ndarray, *, length: int = VIDE
     return groups.astype(np.str_)
 
 
-def join_pools(members: Pool, strangers: Pool, *, name: str = "audit") -> tuple[Pool, np.ndarray]:
-    """Join images known to be in and out of a training set: the pool of an audit.
-
-    Args:
-        members, strangers: pools of the same size of images and the same classes.
+def join_pools(a: Pool, b: Pool, *, name: str = "audit") -> tuple[Pool, np.ndarray]:
+    """Join images known to be in (a) and out (b) of a training set: the pool of an audit.
 
     Returns:
-        (Pool, is_member (N,) bool); image ids and groups get the prefixes ``members/`` and ``strangers/``.
+        (Pool, is_member (N,) bool); image ids and groups get a prefix.
     """
-    a, b = members, strangers
     if a.images.shape[1:] != b.images.shape[1:]:
         raise ValueError(f"expected images of one size, got {a.images.shape[1:3]} and {b.images.shape[1:3]}")
     if (a.masks is None) != (b.masks is None):
@@ -219,6 +200,7 @@ def join_pools(members: Pool, strangers: Pool, *, name: str = "audit") -> tuple[
     def prefix(key: str) -> np.ndarray:
         # a side without groups: every image is one of its own
         sides = [getattr(pool, key) if getattr(pool, key) is not None else pool.image_ids for pool in (a, b)]
+        # as in the first edition: random streams are keyed by these ids
         return np.concatenate([np.strings.add("members/", sides[0]), np.strings.add("strangers/", sides[1])])
 
     no_groups = a.groups is None and b.groups is None

@@ -27,22 +27,15 @@ Loader = Callable[..., "Pool | Mapping[str, Any]"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from.
+    """Where a data set comes from."""
 
-    Attributes:
-        loader: function of the data folder (and of ``size`` where ``size`` is given); a ``Pool`` or its arrays.
-        size: (height, width) of photographs of several megapixels, kept at the size asked for, one cache file each:
-            multiples of 32, one for all street scenes, so that a shadow on one can stand for a target on another.
-        stored: size in the name of the cache file.
-        folder: name of the folder that holds the photographs.
-        check: raises FileNotFoundError before anything is locked or written where there is nothing to make.
-    """
-
-    loader: Loader
+    loader: Loader  # function of the data folder (and of ``size`` where there is one): a ``Pool`` or its arrays
+    # (height, width) of photographs of several megapixels, one cache file for each size that is asked for; one for all
+    # street scenes, so that a shadow on one can stand for a target on another
     size: tuple[int, int] | None = None
-    stored: tuple[int, int] | None = None
-    folder: str = ""
-    check: Callable[[Path], None] | None = None
+    stored: tuple[int, int] | None = None  # size in the name of the cache file
+    folder: str = ""  # that holds the photographs
+    check: Callable[[Path], None] | None = None  # raises before anything is locked where there is nothing to make
 
 
 SOURCES: dict[str, Source] = {
@@ -60,13 +53,10 @@ for _name in street.LAYOUTS:
 
 
 def register_source(name: str, loader: Loader, *, overwrite: bool = False) -> None:
-    """Make a data set available to ``load`` under a name.
+    """Make a data set available to ``load`` under a name, which is also that of its cache file.
 
-    Args:
-        name: name of the data set; also the name of its cache file.
-        loader: function of the data folder (``Path``) that returns a ``Pool``, or a dict with the array names of
-            ``Pool``. It is called once; afterwards the cache is read.
-        overwrite: replace a source of the same name.
+    ``loader`` is a function of the data folder (``Path``) that returns a ``Pool``, or a dict with the array names of
+    ``Pool``. It is called once; afterwards the cache is read.
     """
     if not NAME.fullmatch(name):
         raise ValueError(f"expected a source name of letters, digits, '-', '_' and '.', got {name!r}: rename it")
@@ -108,9 +98,6 @@ def load(
         stream: decode the images of a folder once, into memory maps in ``root`` (``MappedImages``), for sets that
             memory does not hold; pixels and hash are those of the folder in memory.
         void: value of unlabeled pixels in the masks of a folder, None: there is none; see ``pairs.read_pairs``.
-
-    Returns:
-        Pool
 
     Raises:
         ValueError, FileNotFoundError: unknown name, or data that is missing, damaged, of wrong type, or too few.
@@ -212,16 +199,19 @@ def _check_size(size: int | tuple[int, int] | list[int] | None) -> tuple[int, in
     if size is None:
         return None
     pair = (size, size) if isinstance(size, (int, np.integer)) else size
-    ok = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not ok or any(isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1 for v in pair):
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_count, pair)):
         raise ValueError(f"expected size to be pixels or (height, width), got {size!r}")
     return int(pair[0]), int(pair[1])
 
 
 def _check_n(n: int | None) -> int | None:
-    if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
+    if n is not None and not _is_count(n):
         raise ValueError(f"expected n to be a positive number of images, got {n!r}")
     return n if n is None else int(n)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
 
 
 def _resize(pool: Pool, size: tuple[int, int] | None) -> Pool:

@@ -38,16 +38,10 @@ WHERE = {
 
 
 def load_street(name: str, root: Path, *, size: tuple[int, int]) -> dict[str, Any]:
-    """Read a data set of street scenes in any layout it is distributed in, with Cityscapes' 19 classes.
+    """Read street scenes in any layout they are distributed in, with Cityscapes' 19 classes, as arrays of a ``Pool``.
 
-    Args:
-        name: a key of ``LAYOUTS``.
-        root: folder that holds the folder ``name``.
-        size: (height, width) to scale and crop to.
-
-    Returns:
-        dict with the arrays of a ``Pool``; Cityscapes' groups are blocks of neighbors within each city: the same
-        corner is never on two sides, every city on both.
+    Cityscapes' groups are blocks of neighbors within each city: the same corner is never on two sides, every city on
+    both.
     """
     folder = Path(root) / name
     for images, changes, config in LAYOUTS[name]:
