@@ -115,7 +115,7 @@ def tabulate(
         for row in (row for key in dict.fromkeys(keys) for row in found.get(key, ())):
             row = {"study": study, **row}
             # by seed: one evaluation, asked for under two spellings, stands once
-            experiments.setdefault(tuple(str(row.get(name)) for name in same), {})[row.get("seed")] = row
+            experiments.setdefault(tuple(_text(row.get(name)) for name in same), {})[row.get("seed")] = row
     if not experiments:
         return pd.DataFrame(
             columns=["study", *FACTS, "seed", "n_seeds", "auc", "auc_low", "auc_high", "verdict", "key"]
@@ -154,7 +154,7 @@ def _find_rejected(rows: list[dict]) -> set[str]:
 def _pair(rows: list[dict], same: list[str]) -> Iterator[tuple[dict, dict | None]]:
     """Each row with the no-model row of its experiment and seed, None where there is none."""
     cells = [*(name for name in same if name != "control"), "seed"]
-    place = lambda row: tuple(str(row.get(name)) for name in cells)  # noqa: E731
+    place = lambda row: tuple(_text(row.get(name)) for name in cells)  # noqa: E731
     blind = {place(row): row for row in rows if row["control"] == "no-model"}
     for row in rows:
         yield row, None if row["control"] else blind.get(place(row))
@@ -167,6 +167,10 @@ def _decide(row: dict[str, Any], blind: dict[str, Any] | None) -> str:
             blind["auc"], blind["auc_low"], blind["auc_high"], row["rejected"], row.get("clear")
         )
     return str(intervals.decide(row["auc"], row["auc_low"], row["auc_high"], control=control))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or value != value else str(value)  # NaN differs from itself
 
 
 def _plain(value: Any) -> Any:

@@ -83,7 +83,7 @@ def _panels(table: pd.DataFrame, *, height: float, cols: int = 3, width: float |
     for ax in list(axes.flat)[len(names) :]:
         ax.remove()
     for ax, name in zip(axes.flat, names, strict=False):
-        ax.set_title(label_of(name))
+        ax.set_title(label_of(name), fontsize=STYLE["axes.titlesize"])
     return fig, [(ax, table[table["panel"] == name]) for ax, name in zip(axes.flat, names, strict=False)]
 
 
@@ -100,7 +100,7 @@ def _legend(fig: Figure, table: pd.DataFrame, *, marks: str, extra: Sequence[Lin
         handles.append(Line2D([], [], color=color_of(attack), label=label_of(attack), **style))
     for control in dict.fromkeys(table.loc[table["control"] != "", "control"]):
         label, color, marker, dash = CONTROLS[control]
-        style = dict(linestyle=dash, marker="") if marks == "line" else dict(linestyle="-", marker=marker)
+        style = dict(linestyle=dash if marks == "line" else "-", marker=marker, markersize=3.5)
         handles.append(Line2D([], [], color=color, label=label, linewidth=1.0, **style))
     handles += extra
     if "seed" in table and table["seed"].nunique() > 1:
@@ -394,9 +394,8 @@ def histogram(
             for group, color, side in (("members", MEMBER_COLOR, True), ("non-members", NONMEMBER_COLOR, False)):
                 score = np.clip(result.score[result.is_member == side], edges[0], edges[-1])
                 share = np.histogram(score, edges)[0] / max(len(score), 1)
-                sns.histplot(
-                    x=edges[:-1], weights=share, bins=edges, color=color, alpha=0.3, element="step", ax=ax, label=group
-                )
+                ax.stairs(share, edges, fill=True, color=color, alpha=0.25)
+                ax.stairs(share, edges, color=color, linewidth=1.2, linestyle="-" if side else (0, (4, 1.5)), label=group)
                 head = {"panel": part["panel"].iloc[0], "group": group}
                 counts += [
                     head | {"bin_low": a, "bin_high": b, "share": s}
