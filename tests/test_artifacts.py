@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from mia_utils.runner import artifacts
+from mia_utils.runner import artifacts, train
 
 SPEC = {"kind": "thing", "readable": "a", "seed": 0, "recipe": 1}
 
@@ -134,6 +134,16 @@ def test_exchanged_folders_are_seen_and_artifacts_without_digests_are_read(home)
     (old / "meta.json").write_text(json.dumps(meta))
     artifacts.verify.cache_clear()
     assert artifacts.find(ENCODER | {"seed": 2}) == old and artifacts.verify(old) is None
+
+
+def test_a_missing_last_checkpoint_is_named_and_not_replaced_by_the_one_before(home):
+    def make(folder):
+        (folder / "epoch-000000.safetensors").write_bytes(b"x")
+        return {"settings": {"epochs": 2}, "train_seconds": 1.0}
+
+    path = artifacts.load_or_make(ENCODER, make)
+    with pytest.raises(ValueError, match="^encoder-a-.* can't be read .epoch-000002.safetensors is missing.: put it"):
+        train.load_run(path)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(home):

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,6 +393,23 @@ def test_a_python_that_lacks_the_packages_is_one_line(tmp_path):
     assert done.stderr == (
         "error: MIA_PYTHON: expected a Python 3.11 or newer with the packages of requirements.lock, got /bin/false\n"
     )
+
+
+def test_an_environment_whose_python_is_gone_is_made_again(tmp_path):
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    (tmp_path / "requirements.lock").touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to("/nowhere/python3")
+    (tmp_path / ".venv/pyvenv.cfg").write_text("home = /nowhere\n")
+    shutil.copy(tmp_path / "requirements.lock", tmp_path / ".venv/mia-installed.lock")
+    path = f"{Path(sys.base_prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k not in ("MIA_PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX")}
+    environment |= {"PATH": path, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}
+    command = [str(tmp_path / "run_all.sh"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "the Python of .venv is gone: makes it again" in done.stdout
+    assert "error: pip could not install uv" in done.stderr  # as far as one comes without a network
+    assert subprocess.run([tmp_path / ".venv/bin/python", "-c", ""]).returncode == 0
 
 
 def test_help_lists_every_command_and_profile():

@@ -97,7 +97,7 @@ def measure_segmenter(segmenter, pool: Pool, members: np.ndarray, nonmembers: np
 
 
 def get_sides(row: Row, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images that train a row, and the nonmembers of its role; positions in the pool."""
+    """Return the images that train a row, and the non-members of its role; positions in the pool."""
     if row.role == "reference":
         return split.reference(row.n_train), split.shadow_nonmembers
     return getattr(split, f"{row.role}_members"), getattr(split, f"{row.role}_nonmembers")
@@ -106,7 +106,6 @@ def get_sides(row: Row, split: Split) -> tuple[np.ndarray, np.ndarray]:
 def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
     """Train the model of a row, or find it; returns the folder of its artifact (in every process of ``torchrun``)."""
     from mia_utils import pretrain  # torch takes seconds: a plan needs spec_of only
-    from mia_utils.models import segmenters
     from mia_utils.pretrain import distributed
 
     spec = spec_of(profile, row)
@@ -128,7 +127,7 @@ def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
                 return measure_segmenter(encoder, pool, members, nonmembers)
             return measure_utility(encoder, pool, split) if epoch in ends else {}
 
-        segmenting = row.method in segmenters.ARCHS
+        segmenting = row.method in profiles.SEGMENTERS
         targets, options = pool.labels, {}
         if segmenting:
             if pool.masks is None:
