@@ -22,8 +22,6 @@ from mia_utils.plots.style import (
     CONTROLS,
     FULL,
     INK,
-    MEMBER_COLOR,
-    NONMEMBER_COLOR,
     STYLE,
     Drawn,
     color_of,
@@ -53,7 +51,7 @@ _KEEP = (
 )
 
 
-def _prepare(table: pd.DataFrame, value: str, **columns: Any) -> pd.DataFrame:
+def prepare(table: pd.DataFrame, value: str, **columns: Any) -> pd.DataFrame:
     """Rows with the columns a kind draws: ``value, low, high`` and each given column, missing values left out."""
     if table.empty:
         raise ValueError("expected rows of lab.results to draw, got none: does the query name a study of this profile?")
@@ -69,11 +67,11 @@ def _prepare(table: pd.DataFrame, value: str, **columns: Any) -> pd.DataFrame:
     return table.loc[table["value"].notna(), kept]
 
 
-def _title(title: str | Callable, table: pd.DataFrame) -> str:
+def make_title(title: str | Callable, table: pd.DataFrame) -> str:
     return title(table) if callable(title) else title
 
 
-def _panels(table: pd.DataFrame, *, height: float, cols: int = 3, width: float | None = None, **options: Any):
+def make_panels(table: pd.DataFrame, *, height: float, cols: int = 3, width: float | None = None, **options: Any):
     names = list(dict.fromkeys(table["panel"]))
     cols = 2 if len(names) == 4 else min(len(names), cols)
     rows = -(-len(names) // cols)
@@ -92,7 +90,7 @@ def _limits(table: pd.DataFrame) -> tuple[float, float]:
     return max(0.0, min(0.42, np.nanmin(values) - 0.02)), min(1.02, max(0.62, np.nanmax(values) + 0.03))
 
 
-def _legend(fig: Figure, table: pd.DataFrame, *, marks: str, extra: Sequence[Line2D] = ()) -> None:
+def draw_legend(fig: Figure, table: pd.DataFrame, *, marks: str, extra: Sequence[Line2D] = ()) -> None:
     """One legend under the panels with the marks that are drawn: ``"line"`` or ``"dot"``."""
     handles = []
     for attack in dict.fromkeys(table.loc[table["control"] == "", "attack"]):
@@ -131,16 +129,16 @@ def sweep(
         ylim: limits of the value axis; None: from the values.
         named: ``name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
     """
-    data = _prepare(table, value, x=x, panel=panel or (lambda t: ""), line=line or (lambda t: ""))
+    data = prepare(table, value, x=x, panel=panel or (lambda t: ""), line=line or (lambda t: ""))
     data["x"] = data["x"].astype(float)
-    fig, panels = _panels(data, height=2.3, sharey=True)
+    fig, panels = make_panels(data, height=2.3, sharey=True)
     with mpl.rc_context(STYLE):
         for i, (ax, part) in enumerate(panels):
             _draw_sweep(ax, part, log=log, chance=chance)
             ax.set(xlabel=xlabel or str(x), ylabel=ylabel if ax.get_subplotspec().is_first_col() else "")
             ax.set_ylim(ylim or (_limits(data) if chance == 0.5 else None))
-    _legend(fig, data, marks="line")
-    return finish(fig, data, title=_title(title, table), **named)
+    draw_legend(fig, data, marks="line")
+    return finish(fig, data, title=make_title(title, table), **named)
 
 
 def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None) -> None:
@@ -191,20 +189,20 @@ def dots(
         xlim: limits of the value axis; None: from the values.
         named: ``name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
     """
-    data = _prepare(table, value, label=label, panel=panel or (lambda t: ""))
+    data = prepare(table, value, label=label, panel=panel or (lambda t: ""))
     lines = data.groupby("panel", sort=False)["label"].nunique().max()
     keys = data[data["seed"].isna()].groupby(["panel", "label"], sort=False).size().max()
     same = data.groupby("panel", sort=False)["label"].agg(lambda part: tuple(dict.fromkeys(part))).nunique() == 1
     short = same and data["label"].astype(str).str.len().max() <= 14
-    fig, panels = _panels(
+    fig, panels = make_panels(
         data, height=lines * max(0.22, 0.11 * keys) + 0.5, cols=3 if short else 2, sharey=bool(same), width=FULL
     )
     with mpl.rc_context(STYLE):
         for ax, part in panels:
             _draw_dots(ax, part, chance=chance)
             ax.set(xlabel=xlabel, xlim=xlim or (_limits(data) if chance == 0.5 else None))
-    _legend(fig, data, marks="dot")
-    return finish(fig, data, title=_title(title, table), **named)
+    draw_legend(fig, data, marks="dot")
+    return finish(fig, data, title=make_title(title, table), **named)
 
 
 def _draw_dots(ax: Axes, part: pd.DataFrame, *, chance: float | None) -> None:
@@ -261,7 +259,7 @@ def matrix(
         xlabel, ylabel: what columns and rows are.
         named: ``name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
     """
-    data = _prepare(table, value, row=row, column=column)
+    data = prepare(table, value, row=row, column=column)
     data = data[data["seed"].isna()].sort_values("control", kind="stable", key=lambda c: c != "")
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     cells = data.drop_duplicates(["row", "column"]).set_index(["row", "column"])
@@ -294,116 +292,7 @@ def matrix(
             ax.axhline(n_head, color=INK, linewidth=1.0)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.tick_params(length=0)
-    return finish(fig, data, title=_title(title, table), **named)
-
-
-def roc(
-    table: pd.DataFrame,
-    *,
-    lab: Any,
-    title: Any,
-    panel: Any = None,
-    controls: Sequence[str] = ("no-model", "untrained"),
-    **named: Any,
-) -> Drawn:
-    """Draw log-log ROC curves: mean over seeds with its band, every seed a thin line, controls in gray.
-
-    Args:
-        table: rows of ``lab.results`` of attacks (their controls are found beside them).
-        lab: whose saved scores hold the curves.
-        title, panel: as in :func:`sweep`.
-        controls: drawn beside each attack.
-        named: ``name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
-    """
-    data = _prepare(table, "auc", panel=panel or (lambda t: ""), key="key")
-    data = data[(data["control"] == "") & data["seed"].isna()]
-    fig, panels = _panels(data, height=2.5, sharey=True)
-    curves, floor = [], 1.0 / max(int(data["n_nonmembers"].max()), 10)
-    with mpl.rc_context(STYLE):
-        for ax, part in panels:
-            ax.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.15), xlabel="false positive rate")
-            ax.set_ylabel("true positive rate" if ax.get_subplotspec().is_first_col() else "")
-            ax.plot([floor, 1], [floor, 1], color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), zorder=0.5)
-            ax.grid(True, which="major")
-            ax.minorticks_off()
-            for row in part.to_dict("records"):
-                seeds = lab.scores(row)
-                for control in (
-                    "",
-                    *[c for c in controls if all(c in r.controls and len(r.controls[c].score) for r in seeds)],
-                ):
-                    curves += _draw_roc(ax, [r.controls[control] if control else r for r in seeds], row, control, floor)
-    _legend(fig, pd.DataFrame(curves), marks="line")
-    columns = ["panel", "attack", "control", "method", "seed", "fpr", "tpr"]
-    return finish(fig, pd.DataFrame(curves)[columns].explode(["fpr", "tpr"]), title=_title(title, table), **named)
-
-
-def _draw_roc(ax: Axes, results: list, row: dict, control: str, floor: float) -> list[dict]:
-    color, grid = color_of(row["attack"], control), np.geomspace(floor, 1, 60)
-    lines = []
-    for result in results:
-        found = result.metrics.roc
-        lines.append(np.interp(grid, found.fpr, found.tpr))
-    head = {name: row.get(name) for name in ("panel", "attack", "method")} | {"control": control}
-    curves = [head | {"seed": None, "fpr": grid, "tpr": np.mean(lines, axis=0)}]
-    curves += [head | {"seed": i, "fpr": grid, "tpr": line} for i, line in enumerate(lines) if len(lines) > 1]
-    for curve in curves:  # log axes: a rate of 0 leaves the panel at the bottom instead of breaking the line
-        style = dict(linewidth=0.5, alpha=0.6) if curve["seed"] is not None else dict(linewidth=1.0 if control else 1.5)
-        ax.plot(
-            grid,
-            np.clip(curve["tpr"], floor / 3, None),
-            color=color,
-            linestyle=CONTROLS[control][3] if control else "-",
-            **style,
-        )
-    if not control and len(results) == 1:
-        found = results[0].metrics.roc
-        ax.fill_between(
-            found.fpr,
-            np.clip(found.low, floor / 3, None),
-            np.clip(found.high, floor / 3, None),
-            color=color,
-            alpha=0.15,
-            linewidth=0,
-        )
-    return curves
-
-
-def histogram(
-    table: pd.DataFrame, *, lab: Any, title: Any, panel: Any, xlabel: str = "score", bins: int = 30, **named: Any
-) -> Drawn:
-    """Draw the scores of members and non-members as a pair of histograms a panel (first seed).
-
-    Args:
-        table: rows of ``lab.results``.
-        lab: whose saved scores are drawn.
-        title, panel: as in :func:`sweep`.
-        xlabel: name of the score, higher = more likely a member.
-        bins: number of equal bins between the .5 and 99.5 percentile.
-        named: ``name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
-    """
-    data = _prepare(table, "auc", panel=panel, key="key")
-    data = data[(data["control"] == "") & data["seed"].isna()]
-    fig, panels = _panels(data, height=1.9)
-    counts = []
-    with mpl.rc_context(STYLE):
-        for ax, part in panels:
-            result = lab.scores(part.iloc[0])[0]
-            low, high = np.percentile(result.score, [0.5, 99.5])
-            edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-            for group, color, side in (("members", MEMBER_COLOR, True), ("non-members", NONMEMBER_COLOR, False)):
-                score = np.clip(result.score[result.is_member == side], edges[0], edges[-1])
-                share = np.histogram(score, edges)[0] / max(len(score), 1)
-                ax.stairs(share, edges, fill=True, color=color, alpha=0.25)
-                ax.stairs(share, edges, color=color, linewidth=1.2, linestyle="-" if side else (0, (4, 1.5)), label=group)
-                head = {"panel": part["panel"].iloc[0], "group": group}
-                counts += [
-                    head | {"bin_low": a, "bin_high": b, "share": s}
-                    for a, b, s in zip(edges, edges[1:], share, strict=False)
-                ]
-            ax.set(xlabel=xlabel, ylabel="share of images" if ax.get_subplotspec().is_first_col() else "")
-        panels[0][0].legend(loc="upper left", handlelength=1.2)
-    return finish(fig, pd.DataFrame(counts), title=_title(title, table), **named)
+    return finish(fig, data, title=make_title(title, table), **named)
 
 
 def plane(
@@ -422,11 +311,11 @@ def plane(
         title, panel, value, xlabel, ylabel, chance: as in :func:`sweep`.
         named: ``name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
     """
-    data = _prepare(
+    data = prepare(
         table, value, x=x, panel=panel or (lambda t: ""), hue=hue, label=label, mark=mark or (lambda t: True)
     )
     data["x"] = data["x"].astype(float)
-    fig, panels = _panels(data, height=2.7, sharey=True, cols=2)
+    fig, panels = make_panels(data, height=2.7, sharey=True, cols=2)
     with mpl.rc_context(STYLE):
         for ax, part in panels:
             if chance is not None:
@@ -446,4 +335,4 @@ def plane(
                     )
             ax.set(xlabel=xlabel or str(x), ylabel=ylabel if ax.get_subplotspec().is_first_col() else "")
             ax.grid(True)
-    return finish(fig, data, title=_title(title, table), **named)
+    return finish(fig, data, title=make_title(title, table), **named)

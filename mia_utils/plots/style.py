@@ -28,6 +28,8 @@ INK = "#222222"
 
 # One color per attack in the whole book; a family shares a hue and differs in lightness.
 ATTACKS = {
+    "member": ("members", MEMBER_COLOR),  # curves of the two sides are drawn like attacks
+    "non-member": ("non-members", NONMEMBER_COLOR),
     "partcrop": ("PartCrop", "#0072B2"),
     "partcrop-v2": ("PartCrop-v2", "#56B4E9"),
     "token-spread": ("Token spread", "#00B0F0"),
@@ -75,7 +77,9 @@ WORDS = {  # what columns hold, as a reader calls it
     "frame-thirds": "frames of one block on both sides", "iid-frames": "frames one by one", "uniform": "uniform energy",
     "gaussian": "Gaussian energy", "both": "both energies", "own": "the target's decoder", "attacker": "the attacker's decoder",
     "partial": "knows some members", "adaptive": "adaptive", "static": "static", "parts": "own parts", "random": "random vectors",
-    "other-image": "another image's tokens",
+    "other-image": "another image's tokens", "vit_nano_patch8_32": "small ViT", "vit_micro_patch8_32": "ViT",
+    "vit_small_patch8_32": "ViT", "vit_small_patch8_64": "ViT", "resnet_thin_32": "ResNet", "resnet18_32": "ResNet-18",
+    "swin_thin_32": "Swin", "512-256-128": "512-256-128 (the paper's)",
 }  # fmt: skip
 
 STYLE: dict[str, Any] = {
@@ -116,6 +120,23 @@ def label_of(name: Any) -> str:
         if name in names:
             return names[name][0]
     return WORDS.get(name, str(name))
+
+
+def name_targets(table: pd.DataFrame) -> pd.Series:
+    """Name the target of each row: its method, then what tells it from other targets of that method in the table."""
+    names = table["method"].map(label_of)
+    for column, unit in (
+        ("arch", ""),
+        ("dataset", ""),
+        ("augmentation", ""),
+        ("n_train", " images"),
+        ("epochs", " epochs"),
+    ):
+        same = table.groupby(names)
+        several = (same["target"].transform("nunique") > 1) & (same[column].transform("nunique") > 1)
+        said = table[column].map(lambda v: label_of(v) if isinstance(v, str) else f"{v:,.0f}") + unit
+        names = names.where(~several, names + ", " + said)
+    return names
 
 
 def format_value(value: float | None, digits: int = 2) -> str:
