@@ -1,5 +1,8 @@
 """Redraw the book from saved results: the same notebooks without their ``run`` cells, written as ``docs/NN_*.md``.
 
+``python -m mia_utils.replay PROFILE`` does it; with ``--gather`` it packs what a run of the profile has saved, instead
+of drawing anything.
+
 Cells tagged ``run`` query models; everything else needs ``lab.results`` only. What a ``run`` cell printed in the last
 full run is kept in ``data/results/<profile>.json`` and shown again, so that a reader sees every number without running.
 """
@@ -12,6 +15,8 @@ import json
 import multiprocessing
 import os
 import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +164,27 @@ def _get_source(cell: dict[str, Any]) -> str:
 
 def _digest(source: str) -> str:
     return hashlib.blake2b(source.encode(), digest_size=5).hexdigest()
+
+
+def main(arguments: list[str]) -> int:
+    """Replay a profile, or gather what its run has saved; returns the exit code."""
+    from mia_utils import lab, page
+
+    profile, began = arguments[0], time.perf_counter()
+    if "--gather" in arguments:
+        lab.open(profile).store.pack()
+        for name in parameters.find_notebooks():
+            executed = paths.get_build_dir(profile) / f"{name}.ipynb"
+            if executed.is_file():
+                keep_outputs(profile, executed)
+        page.write(profile)
+        return 0
+    pages = replay(profile)
+    page.write(profile)
+    figures = sorted(paths.get_figures_dir(profile).glob("fig*.png"))
+    print(f"{len(pages)} pages in docs/, {len(figures)} figures of {profile}, {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
