@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy import ndimage
 
-from mia_utils.protocol import controls, metrics
+from mia_utils.protocol import controls, intervals, metrics
 
 
 def make_images(n, *, seed=0, size=32):
-    """Smooth random pictures with sensor noise."""
+    """Smooth random images with sensor noise."""
     rng = np.random.default_rng(seed)
     coarse = ndimage.zoom(rng.uniform(40, 215, size=(n, 4, 4, 3)), (1, size // 4, size // 4, 1), order=1)
     return np.clip(coarse + rng.normal(0, 12, size=coarse.shape), 0, 255).astype(np.uint8)
@@ -74,7 +74,7 @@ def test_exchangeable_images_give_chance(data):
         is_member[fold] = np.arange(400) < 100
         score = controls.score_without_model(x, is_member, folds)
         p.append(metrics.evaluate(score, is_member, folds=np.arange(400) % 5, n_bootstrap=2).p_value)
-    assert not metrics.judge_controls({str(i): v for i, v in enumerate(p)}).rejected.any()
+    assert not intervals.judge_controls({str(i): v for i, v in enumerate(p)}).rejected.any()
     assert np.mean(np.array(p) < 0.1) <= 0.35  # binomial of 20 at .1: beyond .35 with probability .002
 
 
@@ -112,7 +112,7 @@ def test_permutation_keeps_the_numbers_of_each_role(data):
     assert [many[r].sum() for _, _, r in folds] == [is_member[r].sum() for _, _, r in folds]
     np.testing.assert_array_equal(many, controls.permute_labels(is_member, folds, seed=3))
     assert (many != controls.permute_labels(is_member, folds, seed=4)).any()
-    # over many seeds a permuted label says nothing about the true one: 25 % of members stay members
+    # over many seeds a permuted label says nothing about the ground truth: 25 % of members stay members
     stayed = [controls.permute_labels(is_member, folds, seed=s)[is_member].mean() for s in range(50)]
     assert np.mean(stayed) == pytest.approx(0.25, abs=0.02)
 
@@ -130,13 +130,13 @@ def test_describe():
     rng = np.random.default_rng(0)
     is_member = np.arange(400) < 200
     text = controls.describe(metrics.evaluate(rng.normal(size=400), is_member, n_bootstrap=200))
-    assert "could have seen AUC >= .5" in text and "not shown distinguishable" in text
-    assert "void" in controls.describe(metrics.evaluate(rng.normal(size=400) + is_member, is_member, n_bootstrap=200))
+    assert "passes; minimum detectable AUC .5" in text
+    assert "invalid" in controls.describe(metrics.evaluate(rng.normal(size=400) + is_member, is_member, n_bootstrap=200))
 
     class Empty:
-        meta = {"reason": "no untrained twin"}
+        meta = {"reason": "no untrained model"}
 
-    assert controls.describe(Empty()) == "not run: no untrained twin"
+    assert controls.describe(Empty()) == "not run: no untrained model"
 
 
 @pytest.mark.parametrize(

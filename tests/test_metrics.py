@@ -1,4 +1,4 @@
-"""metrics: the weighted ROC against scikit-learn and a naive bootstrap, intervals that hold, seeds, Holm."""
+"""metrics: the weighted ROC against scikit-learn and a naive bootstrap, p-values, thresholds, several trainings, sets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from mia_utils.protocol import metrics
+from mia_utils.protocol import metrics, resampling
 
 
 def make_scores(n_members=60, n_nonmembers=200, *, shift=1.0, seed=0, digits=None):
@@ -21,8 +21,8 @@ def make_scores(n_members=60, n_nonmembers=200, *, shift=1.0, seed=0, digits=Non
 def test_weighted_roc_matches_sklearn(digits):
     score, is_member = make_scores(digits=digits)
     weights = np.random.default_rng(1).integers(0, 4, size=(7, len(score)))
-    x = metrics._check(score, is_member)
-    auc, tpr = metrics._measure(x, metrics._make_curves(x), weights, np.array([0.05, 0.3]))
+    curves = resampling.make_curves(resampling.check(score, is_member))
+    auc, tpr = resampling.measure(curves, weights, np.array([0.05, 0.3]))
     for b, w in enumerate(weights):
         assert auc[b] == pytest.approx(roc_auc_score(is_member, score, sample_weight=w), abs=1e-12)
         fpr, hits, _ = roc_curve(is_member, score, sample_weight=w, drop_intermediate=False)
@@ -31,10 +31,10 @@ def test_weighted_roc_matches_sklearn(digits):
 
 def test_interval_matches_a_naive_bootstrap():
     score, is_member = make_scores(40, 80)
-    rng, members, strangers = np.random.default_rng(3), np.flatnonzero(is_member), np.flatnonzero(~is_member)
+    rng, members, others = np.random.default_rng(3), np.flatnonzero(is_member), np.flatnonzero(~is_member)
     naive = []
     for _ in range(2000):
-        m, n = score[rng.choice(members, len(members))], score[rng.choice(strangers, len(strangers))]
+        m, n = score[rng.choice(members, len(members))], score[rng.choice(others, len(others))]
         naive.append(np.mean(m[:, None] > n))
     got = metrics.evaluate(score, is_member, n_bootstrap=2000)
     # Monte-Carlo error of a 2.5 % quantile of 2,000 draws with sd .045: about .003
@@ -53,7 +53,7 @@ def test_folds_are_averaged_and_never_pooled():
     assert got.auc_low < got.auc < got.auc_high
     assert got.auc - roc_auc_score(is_member, score) > 0.2  # what pooling would have said
     # each fold alone cannot hold a false positive at 1 %, the five together may make four
-    assert metrics._share_budget(np.full((1, 5), 80), np.array([0.01])).sum() == 4
+    assert resampling._share_budget(np.full((1, 5), 80), np.array([0.01])).sum() == 4
 
 
 def test_roc_grid_is_monotone_and_brackets_the_curve():
@@ -72,7 +72,7 @@ def test_tpr_is_hidden_where_nonmembers_are_few():
 
 def test_ties_never_exceed_the_false_positive_rate():
     is_member = np.r_[np.ones(50, bool), np.zeros(200, bool)]
-    score = np.r_[np.ones(50), np.ones(30), np.zeros(170)]  # 15 % of strangers tie with every member
+    score = np.r_[np.ones(50), np.ones(30), np.zeros(170)]  # 15 % of non-members tie with every member
     got = metrics.evaluate(score, is_member, n_bootstrap=100, fprs=(0.1, 0.2))
     assert got.tpr_at[0.1].value == 0  # letting part of the tie through would claim a detection nobody can make
     assert got.tpr_at[0.2].value == 1
@@ -94,18 +94,15 @@ def test_constant_scores_say_nothing():
     assert got.auc == 0.5 and got.p_value == 1 and got.auc_low < 0.45 and got.auc_high > 0.55
 
 
-def test_coverage():
-    truth, rate = stats.norm.cdf(1 / 2**0.5), 0.1
-    true_tpr = stats.norm.sf(stats.norm.isf(rate) - 1)
-    auc, tpr = [], []
-    for i in range(120):
-        got = metrics.evaluate(
-            *make_scores(60, 300, seed=i), folds=np.arange(360) % 3, fprs=(rate,), n_bootstrap=100, seed=i
-        )
-        auc.append(got.auc_low <= truth <= got.auc_high)
-        tpr.append(got.tpr_at[rate].low <= true_tpr <= got.tpr_at[rate].high)
-    # nominal .95; three standard errors of 120 simulations are .06, and the percentile bootstrap may lose .03
-    assert np.mean(auc) > 0.86 and np.mean(tpr) > 0.86
+def test_tpr_coverage():
+    rate, held = 0.1, []
+    truth = stats.norm.sf(stats.norm.isf(rate) - 1)
+    for i in range(100):
+        options = {"folds": np.arange(360) % 3, "fprs": (rate,), "n_bootstrap": 100, "seed": i}
+        got = metrics.evaluate(*make_scores(60, 300, seed=i), **options).tpr_at[rate]
+        held.append(got.low <= truth <= got.high)
+    # nominal .95; three standard errors of 100 simulations are .065, and the percentile bootstrap may lose .03
+    assert np.mean(held) > 0.855
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -126,7 +123,7 @@ def test_p_values_are_uniform_under_the_null(blocks):
 def test_p_values_hold_for_cross_fitted_attackers_without_any_signal():
     """Folds that share fit images scatter together; taken as independent they would reject about one time in six."""
     rng, p, naive = np.random.default_rng(8), [], []
-    for _ in range(200):
+    for _ in range(100):
         features, label = rng.normal(size=(320, 12)), rng.permutation(np.arange(320) % 5 == 0)
         order = np.concatenate([rng.permutation(np.flatnonzero(label == c)) for c in (True, False)])
         fold = np.empty(320, int)
@@ -140,7 +137,7 @@ def test_p_values_hold_for_cross_fitted_attackers_without_any_signal():
         aucs = [roc_auc_score(label[fold == f], score[fold == f]) for f in range(5)]
         naive.append(abs(np.mean(aucs) - 0.5) / np.sqrt((65) / (12 * 13 * 51) / 5) > 1.96)
     assert np.mean(naive) > 0.1
-    assert np.mean(np.array(p) < 0.05) <= 0.11 and np.mean(np.array(p) < 0.5) >= 0.25  # holds, and still sees something
+    assert np.mean(np.array(p) < 0.05) <= 0.12 and np.mean(np.array(p) < 0.5) >= 0.2  # holds, and still sees something
 
 
 def test_blocks_widen_the_interval():
@@ -169,15 +166,9 @@ def test_threshold_numbers_by_hand():
 def test_combine_of_one_seed_is_evaluate():
     score, is_member = make_scores()
     one = metrics.evaluate(score, is_member, threshold=0.5, n_bootstrap=100)
-    for entry in (one, {"score": score, "is_member": is_member, "threshold": 0.5}, (score, is_member, None, None, 0.5)):
+    for entry in (one, (score, is_member, None, None, 0.5)):
         got = metrics.combine([entry], n_bootstrap=100)
-        assert (got.auc_low, got.auc_high, got.tpr_at, got.f1, got.p_value) == (
-            one.auc_low,
-            one.auc_high,
-            one.tpr_at,
-            one.f1,
-            one.p_value,
-        )
+        assert all(getattr(got, k) == getattr(one, k) for k in ("auc_low", "auc_high", "tpr_at", "f1", "p_value", "test"))
 
 
 def test_combine_averages_seeds_and_resamples_them():
@@ -186,10 +177,9 @@ def test_combine_averages_seeds_and_resamples_them():
     got = metrics.combine(each, n_bootstrap=500)
     assert got.per_seed == pytest.approx([r.auc for r in each]) and got.n_seeds == 3
     assert got.auc == pytest.approx(np.mean(got.per_seed)) and (got.n_members, got.n_nonmembers) == (100, 300)
-    # bootstrap over 3 seeds, then images: variance (sd_seeds^2 + mean within variance) / 3
-    within = np.mean([(r.half_width / 1.96) ** 2 for r in each])
-    expected = 1.96 * np.sqrt((np.var(got.per_seed) + within) / 3)
-    assert got.half_width == pytest.approx(expected, rel=0.2)
+    expected = stats.t.ppf(0.975, 2) * np.sqrt(np.var(got.per_seed, ddof=1) / 3)  # they scatter more than their images
+    assert (got.auc - got.auc_low, got.minimum_detectable - 0.5) == pytest.approx((expected, expected))
+    assert got.auc_high == 1 and got.auc_se == pytest.approx(np.std(got.per_seed, ddof=1) / 3**0.5)
     assert got.p_value < min(r.p_value for r in each)
 
 
@@ -197,23 +187,11 @@ def test_combine_resamples_blocks_jointly():
     # the same blocks in each seed, with the same level and side: three seeds are no more evidence than one
     rng, groups = np.random.default_rng(1), np.repeat(np.arange(40), 6)
     level = rng.normal(size=40)[groups]
-    parts = [
-        {"score": level + 0.01 * rng.normal(size=240), "is_member": groups < 20, "groups": groups} for _ in range(3)
-    ]
+    parts = [(level + 0.01 * rng.normal(size=240), groups < 20, None, groups) for _ in range(3)]
     one, three = metrics.combine(parts[:1], n_bootstrap=400), metrics.combine(parts, n_bootstrap=400)
-    assert three.half_width > 0.8 * one.half_width
+    assert three.half_width > one.half_width and three.auc_se > 0.8 * one.auc_se
     with pytest.raises(ValueError, match="for all results or for none"):
         metrics.combine([parts[0], (level, groups < 20)])
-
-
-def test_holm_by_hand():
-    # 4 x .01 = .04, 3 x .02 = .06, 2 x .03 = .06, 1 x .04 -> .06 (never below its predecessor)
-    table = metrics.judge_controls({"c": 0.03, "a": 0.01, "none": None, "d": 0.04, "b": 0.02}, level=0.05)
-    assert list(table.control) == ["c", "a", "none", "d", "b"]
-    assert table.p_holm.tolist() == pytest.approx([0.06, 0.04, np.nan, 0.06, 0.06], nan_ok=True)
-    assert table.rejected.tolist() == [False, True, False, False, False]
-    with pytest.raises(ValueError, match="p-value in"):
-        metrics.judge_controls({"a": 1.2})
 
 
 @pytest.mark.parametrize(
@@ -255,7 +233,7 @@ def test_set_p_values_are_uniform_under_the_null(digits):
     rng, p = np.random.default_rng(3), []
     for i in range(200):
         score = rng.normal(size=60)
-        score = score if digits is None else np.round(score, digits)  # seven values for sixty pictures: many ties
+        score = score if digits is None else np.round(score, digits)  # seven values for sixty images: many ties
         p.append(metrics.test_set(score[:20], score[20:], n_permutations=199, seed=i).p_value)
     p = np.array(p)
     if digits is None:
@@ -263,13 +241,12 @@ def test_set_p_values_are_uniform_under_the_null(digits):
     assert np.mean(p <= 0.05) < 0.1 and p.min() >= 1 / 200  # nominal .05, three standard errors of 200 draws .046
 
 
-def test_a_set_that_scores_higher_gets_a_small_p_and_the_same_scores_the_other_way_round_a_large_one():
+def test_a_set_that_scores_higher_gets_a_small_p_and_the_same_scores_reversed_a_large_one():
     rng = np.random.default_rng(0)
     mine, reference = rng.normal(size=50) + 0.8, rng.normal(size=500)
     got = metrics.test_set(mine, reference, n_permutations=999)
     assert got.p_value == 1 / 1000 and (got.n_mine, got.n_reference) == (50, 500)
     assert got.auc == pytest.approx(roc_auc_score(np.arange(550) < 50, np.r_[mine, reference]))
-    assert got.difference == pytest.approx(mine.mean() - reference.mean())
     assert metrics.test_set(mine, reference, n_permutations=999, alternative="less").p_value == 1
     back = metrics.test_set(reference, mine, n_permutations=999, alternative="less")
     assert back.p_value == 1 / 1000 and back.auc == pytest.approx(1 - got.auc)
@@ -277,7 +254,7 @@ def test_a_set_that_scores_higher_gets_a_small_p_and_the_same_scores_the_other_w
     assert "AUC 0.7" in str(got) and "p = 0.001" in str(got) and "exchangeable" in str(got)
 
 
-def test_a_set_test_is_exact_on_few_pictures_repeats_and_sees_only_the_order():
+def test_a_set_test_is_exact_on_few_images_repeats_and_sees_only_the_order():
     assert metrics.test_set([3.0, 4], [1.0, 2, 0]).p_value == pytest.approx(1 / 10)  # one division of ten
     assert metrics.test_set([1.0, 1], [1.0, 1, 1]).p_value == 1
     rng = np.random.default_rng(0)
@@ -291,9 +268,9 @@ def test_a_set_test_is_exact_on_few_pictures_repeats_and_sees_only_the_order():
 @pytest.mark.parametrize(
     ("mine", "reference", "options", "message"),
     [
-        ([], [1.0], {}, r"score_mine of shape \(n,\) with at least one picture"),
-        ([1.0], [[1.0]], {}, r"score_reference of shape \(n,\)"),
-        ([1.0, np.nan], [1.0], {}, "finite score_mine, got 1 NaN or infinite of 2"),
+        ([], [1.0], {}, "got 0 members and 1 non-members"),
+        ([1.0], [], {}, "got 1 members and 0 non-members"),
+        ([1.0, np.nan], [1.0], {}, "finite scores, got 1 NaN or infinite of 3"),
         ([1.0], [1.0], {"alternative": "bigger"}, "got 'bigger'"),
         ([1.0], [1.0], {"n_permutations": 0}, "n_permutations >= 1"),
     ],

@@ -1,11 +1,11 @@
 """The controls beside every attack: what a score is worth when the model has nothing to say.
 
-* **no-model** ("blind"): statistics of the very pictures that the attack queries with, a small classifier, no model.
-  Above 0.5 it says that members and non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201).
+* **no-model**: statistics of the very images that the attack queries, a small classifier, no model. Above 0.5 it says
+  that members and non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201).
 * **untrained**: the attack on an encoder with fresh weights (nothing to write: hand the attack a fresh encoder).
-* **permuted**: the attack on labels that are permuted within each role, the reported ones included.
+* **permuted**: the attack on labels that are permuted within each role, the evaluation set's included.
 
-All three hold an AUC of 0.5 when the protocol is sound; ``metrics.judge_controls`` judges them jointly.
+All three hold an AUC of 0.5 when the protocol is sound; ``intervals.judge_controls`` judges them in families.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from mia_utils import seeds
+from mia_utils.protocol import intervals
 
 ROLES = ("fit", "validation", "report")
 THUMBNAIL = (6, 8)  # rows, columns
@@ -31,17 +32,15 @@ Folds = Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def extract_statistics(images: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Describe pictures by numbers that need no model.
+    """Describe images by numbers that need no model.
 
     Args:
         images: (N, H, W, 3) or (N, 3, H, W); uint8, or float in [0, 1].
 
     Returns:
         (N, 56) float64: means and standard deviations of the channels (6), logarithms of the gradient and the Laplacian
-        energy of the luminance (2), luminance thumbnail of 6 rows and 8 columns by area averaging (48).
-
-    Raises:
-        ValueError: another shape or range, or pixels that are not finite.
+        energy of the luminance (2), luminance thumbnail of 6 rows and 8 columns by area averaging (48). Raises
+        ValueError for another shape or range, or pixels that are not finite.
     """
     x = images.detach().cpu() if isinstance(images, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(images))
     if x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
@@ -64,7 +63,7 @@ def _describe_chunk(x: torch.Tensor) -> np.ndarray:
     gradient = np.diff(pixels, axis=1)[:, :, :-1] ** 2 + np.diff(pixels, axis=2)[:, :-1] ** 2
     kernel = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], np.float32)[None]
     laplacian = ndimage.convolve(pixels, kernel, mode="nearest") ** 2
-    # energies are heavy-tailed: their logarithm is what a linear classifier can use; 1e-6 keeps flat pictures finite
+    # energies are heavy-tailed: their logarithm is what a linear classifier can use; 1e-6 keeps flat images finite
     energies = np.log(np.stack([gradient.mean(axis=(1, 2)), laplacian.mean(axis=(1, 2))], axis=1) + 1e-6)
     thumbnail = F.adaptive_avg_pool2d(gray[:, None], THUMBNAIL).flatten(1)
     moments = torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3), correction=0)], dim=1)
@@ -74,33 +73,27 @@ def _describe_chunk(x: torch.Tensor) -> np.ndarray:
 def score_without_model(
     images: np.ndarray | torch.Tensor, is_member: np.ndarray, folds: Folds | np.ndarray, *, seed: int = 0
 ) -> np.ndarray:
-    """Score membership without a model: statistics of the pictures, standardized, and a logistic regression.
+    """Score membership without a model: statistics of the images, standardized, and a logistic regression.
 
-    Give the *views* that the attack queries with, so that a difference in how members are queried is seen too. Reported
-    positions are scored by a classifier fit on the fit and validation positions; validation positions by one fit on
-    the fit positions only, so that a threshold can be chosen there.
+    Give the *views* that the attack queries, so that a difference in how members are queried is seen too. Evaluation
+    positions are scored by a classifier fit on the attack-training and attack-validation positions; attack-validation
+    positions by one fit on the attack-training positions only, so that a threshold can be chosen there.
 
     Args:
-        images: (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]; or their statistics (N, F), computed once for
-            many calls.
+        images: (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]; or their statistics (N, F).
         is_member: (N,) bool.
         folds: ``(fit, validation, report)`` positions per fold, or a role ``"fit" | "validation" | "report"`` per
             position (N,) str (other names: unused).
-        seed: not used: the fit is deterministic. It is here so that this attacker is called as all others.
+        seed: not used (the fit is deterministic): this attacker is called as all others.
 
     Returns:
         (N,) float64, higher = more likely a member; NaN where a position is neither reported nor (single fold)
-        validation.
-
-    Raises:
-        ValueError: shapes differ, or the positions to fit on lack a class.
+        validation. Raises ValueError where shapes differ or the positions to fit on lack a class.
     """
-    is_member = _check_labels(is_member)
-    shape = np.shape(images)
-    x = np.asarray(images, dtype=np.float64) if len(shape) == 2 else extract_statistics(images)
+    is_member, folds = _check(is_member, folds)
+    x = np.asarray(images, dtype=np.float64) if np.ndim(images) == 2 else extract_statistics(images)
     if len(x) != len(is_member):
         raise ValueError(f"expected as many images as labels, got {len(x)} and {len(is_member)}")
-    folds = _read_folds(folds, len(is_member))
     score = np.full(len(x), np.nan)
     for fit, validation, report in folds:
         known = np.concatenate([fit, validation])
@@ -114,9 +107,8 @@ def _fit_blind(x: np.ndarray, is_member: np.ndarray) -> Pipeline:
     if not 0 < is_member.sum() < len(is_member):
         raise ValueError(f"expected members and non-members to fit, got {is_member.sum()} members of {len(is_member)}")
     # C = 0.1 is fixed: with 56 columns and a few hundred members a search would cost more images than it gains
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000)).fit(
-        x, is_member
-    )
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000))
+    return model.fit(x, is_member)
 
 
 def permute_labels(
@@ -124,28 +116,21 @@ def permute_labels(
 ) -> np.ndarray:
     """Permute labels within each role, so that every role keeps its number of members (FPR and AUC stay comparable).
 
-    One fold: within fit, within validation and within report. Several folds: within each report fold, so that an
-    image has one permuted label in all the roles it plays, and what an attacker is fit on says nothing about the fold
-    it is scored on.
+    One fold: within fit, validation and report. Several: within each report fold, so that an image has one permuted
+    label in all the roles it plays, and what an attacker is fit on says nothing about the fold it is scored on.
 
     Args:
-        is_member: (N,) bool.
-        folds: as in ``score_without_model``.
+        is_member, folds: as in ``score_without_model``.
         seed: seed of the private stream.
         groups: (N,) block ids: blocks of one side change sides as a whole.
 
     Returns:
-        (N,) bool. Positions without a role keep their label.
-
-    Raises:
-        ValueError: shapes differ, or a block holds members and non-members of one role.
+        (N,) bool; positions without a role keep their label. Raises ValueError where shapes differ, or a block holds
+        members and non-members of one role.
     """
-    is_member = _check_labels(is_member)
-    folds = _read_folds(folds, len(is_member))
-    cells = list(folds[0]) if len(folds) == 1 else [report for _, _, report in folds]
-    permuted = is_member.copy()
-    rng = seeds.rng(seed, "controls.permute")
-    for cell in cells:
+    is_member, folds = _check(is_member, folds)
+    permuted, rng = is_member.copy(), seeds.rng(seed, "controls.permute")
+    for cell in folds[0] if len(folds) == 1 else [report for _, _, report in folds]:
         if groups is None:
             permuted[cell] = rng.permutation(is_member[cell])
             continue
@@ -158,48 +143,35 @@ def permute_labels(
 
 
 def describe(result: Any) -> str:
-    """Say in one line what a control shows, and how small a leak it could have shown.
+    """Say in one line what a control shows by its own interval, and the smallest AUC it could have shown.
 
-    Args:
-        result: a result with ``auc, auc_low, auc_high, half_width`` (of ``metrics`` or ``attacks``). An attack's
-            control that was not run has no scores and a ``meta["reason"]``.
-
-    Returns:
-        For example ``"AUC .51 [.48, .54], not shown distinguishable; could have seen AUC >= .53"``.
+    For example ``"AUC .51 [.48, .54], passes; minimum detectable AUC .53"``; an attack's control that was not run has no
+    scores and a ``meta["reason"]``.
     """
     reason = (getattr(result, "meta", None) or {}).get("reason")
     if reason or not np.isfinite(result.auc):
         return f"not run: {reason or 'no scores'}"
-    values = f"AUC {_format(result.auc)} [{_format(result.auc_low)}, {_format(result.auc_high)}]"
-    if result.auc_low > 0.5:
-        return f"{values}, void: members and non-members differ without the model's help"
-    return f"{values}, not shown distinguishable; could have seen AUC >= {_format(0.5 + result.half_width)}"
+    control = intervals.two_sided(result.auc, result.auc_low, result.auc_high)
+    said = f"AUC {intervals.format_interval(*control[:3])}"
+    if control.rejected:
+        return f"{said}, invalid: members and non-members differ without the model's help"
+    numbers = getattr(result, "metrics", result)
+    return f"{said}, passes; minimum detectable AUC {intervals.format_auc(numbers.minimum_detectable)}"
 
 
-def _format(value: float) -> str:
-    return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.00"
-
-
-def _check_labels(is_member: np.ndarray) -> np.ndarray:
+def _check(is_member: np.ndarray, folds: Folds | np.ndarray) -> tuple[np.ndarray, Folds]:
+    """Labels as bool, and the positions of each fold, given as positions or as a role per position."""
     is_member = np.asarray(is_member)
     if is_member.ndim != 1:
         raise ValueError(f"expected is_member of shape (N,), got {is_member.shape}")
-    return is_member.astype(bool)
-
-
-def _read_folds(folds: Folds | np.ndarray, n: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Positions of each fold, from positions or from a role per position."""
     if isinstance(folds, np.ndarray) and folds.dtype.kind in "UO" and folds.ndim == 1:
-        if len(folds) != n:
-            raise ValueError(f"expected a role for each of {n} positions, got {len(folds)}")
+        if len(folds) != len(is_member):
+            raise ValueError(f"expected a role for each of {len(is_member)} positions, got {len(folds)}")
         folds = [tuple(np.flatnonzero(folds == role) for role in ROLES)]
     folds = [tuple(np.asarray(part, dtype=np.int64) for part in fold) for fold in folds]
     if not folds or any(len(fold) != 3 for fold in folds):
         raise ValueError("expected folds as (fit, validation, report) positions, or an array of roles")
-    for fold in folds:
-        used = np.concatenate(fold)
-        if len(np.unique(used)) != len(used):
-            raise ValueError("expected disjoint fit, validation and report positions, got overlapping ones")
-        if len(used) and not 0 <= used.min() <= used.max() < n:
-            raise ValueError(f"expected positions below {n}, got up to {used.max()}")
-    return folds
+    for used in map(np.concatenate, folds):
+        if len(np.unique(used)) != len(used) or not np.isin(used, np.arange(len(is_member))).all():
+            raise ValueError(f"expected disjoint fit, validation and report positions below {len(is_member)}")
+    return is_member.astype(bool), folds

@@ -196,7 +196,7 @@ def combine(
         n_members=round(float(np.mean(n_members))),
         n_nonmembers=round(float(np.mean(n_nonmembers))),
         test=test,
-        roc=Roc(grid, tpr[k:], ends[0][k:], ends[1][k:]),
+        roc=Roc(grid, *(np.maximum.accumulate(part[k:]) for part in (tpr, *ends))),  # score intervals join by points
         per_seed=tuple(float(a) for a in per_seed),
         inputs=tuple(inputs),
     )
