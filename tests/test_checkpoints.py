@@ -46,7 +46,7 @@ def chunk(state):
 
 FILES = {  # content of a .pth, and a word of what the facts say of the weights
     "plain": (STATE, "file itself"),
-    "nested": ({"model_state_dict": STATE, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": STATE["norm.bias"]}}}}, ""),
+    "nested": ({"model_state_dict": STATE, "epoch": 3, "optimizer": {"state": {0: {"avg": torch.zeros(2)}}}}, "model_"),
     "head beside it": ({"net": {**STATE, **HEAD}}, "net"),
     "wrapped and compiled": ({"state_dict": put("module._orig_mod.", STATE)}, "_orig_mod"),
     "lightning": ({"state_dict": put("model.backbone.", STATE), "hyper_parameters": {"lr": 0.1}}, "model.backbone"),
@@ -101,7 +101,7 @@ def test_the_same_weights_are_normalized_alike_in_every_kind_of_file(tmp_path):
 def test_weights_names_the_encoder_to_take(tmp_path):
     torch.save(FILES["dino"][0] | {"state_dict_ema": STATE}, tmp_path / "dino.pth")
     with torch.inference_mode():
-        for weights, state in [("student", OTHER), ("student.module.backbone", OTHER), ("teacher", STATE), ("ema", STATE)]:
+        for weights, state in [("student", OTHER), ("student.module", OTHER), ("teacher", STATE), ("ema", STATE)]:
             encoder = encoders.open(tmp_path / "dino.pth", weights=weights)
             assert torch.equal(encoder.module.norm.weight, state["norm.weight"]), weights
             assert encoder.facts["weights"][1] == "given"
@@ -115,8 +115,9 @@ def test_weights_names_the_encoder_to_take(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(init_values=1e-5, patch_size=14, img_size=28), dict(reg_tokens=4, no_embed_class=True), dict(qkv_bias=False),
-        dict(class_token=False), dict(pre_norm=True), dict(qk_norm=True), dict(mlp_ratio=2.5), dict(img_size=(32, 64)),
+        dict(init_values=1e-5, patch_size=14, img_size=28), dict(reg_tokens=4, no_embed_class=True),
+        dict(qkv_bias=False), dict(class_token=False), dict(pre_norm=True), dict(qk_norm=True), dict(mlp_ratio=2.5),
+        dict(img_size=(32, 64)),
         dict(mlp_layer=timm.layers.SwiGLUPacked, act_layer=nn.SiLU, mlp_ratio=2.66667 * 2),
     ],
 )  # fmt: skip
@@ -179,10 +180,13 @@ def test_facebooks_registers_and_swiglu_names_are_those_of_timm(tmp_path):
 # ------------------------------------------------------------------------------------------ other libraries
 
 
+_QKV = ("query", "key", "value")
+
+
 def to_transformers(state, *, new=False, dino=False):
     """A ViT's state under the names of transformers: before 5.18 and after it."""
     layer = "layers" if new else "encoder.layer"
-    qkv = [f"attention.{p}_proj" for p in "qkv"] if new else [f"attention.attention.{p}" for p in ("query", "key", "value")]
+    qkv = [f"attention.{p}_proj" if new else f"attention.attention.{p}" for p in ("qkv" if new else _QKV)]
     norms = ("norm1", "norm2") if dino else ("layernorm_before", "layernorm_after")
     mlp = ("mlp.fc1", "mlp.fc2") if new or dino else ("intermediate.dense", "output.dense")
     swaps = {
@@ -193,7 +197,8 @@ def to_transformers(state, *, new=False, dino=False):
     }  # fmt: skip
     top = {
         "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-        "reg_token": "embeddings.register_tokens", "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+        "reg_token": "embeddings.register_tokens",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
         "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias", "norm.weight": "layernorm.weight",
         "norm.bias": "layernorm.bias",
     }  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mia_utils.models import segmenters
+from mia_utils.models import checkpoints, segmenters
+from mia_utils.pretrain import segmentation
 
 SMALL = {
     "unet": {"encoder_depth": 3, "decoder_channels": (16, 8, 8)},
@@ -127,7 +128,7 @@ def test_wrong_arguments_of_wrap_and_make_are_one_line():
 
 @pytest.mark.parametrize("arch", segmenters.ARCHS)
 def test_each_network_answers_trains_a_step_and_comes_back_from_disk(arch, tmp_path):
-    cls, defaults = segmenters.METHODS[arch]
+    cls, defaults = segmentation.METHODS[arch]
     method = cls.build("mobilenet_v2", n_classes=5, seed=1, input_size=(32, 64), **SMALL[arch])
     untrained = segmenters.make(arch, 5, (32, 64), seed=1, **SMALL[arch])
     for key, value in untrained.module.state_dict().items():
@@ -180,7 +181,7 @@ def test_files_that_are_no_segmenter_are_one_line_each(tmp_path):
     (tmp_path / "text.safetensors").write_bytes(b"not found, sorry")
     save_file({"a": torch.zeros(1)}, str(tmp_path / "bare.safetensors"))
     whole = segmenters.save(segmenters.make("unet", 3, **SMALL["unet"]), tmp_path / "whole.safetensors")
-    header = segmenters.safe_open(str(whole), framework="pt").metadata()
+    _, header = checkpoints.read_safetensors(whole)
     save_file({"a": torch.zeros(1)}, str(tmp_path / "other.safetensors"), metadata=header)
     for name, message in (("text", "no readable"), ("bare", "lacks 'method'"), ("other", "does not fit unet")):
         with pytest.raises(ValueError, match=f"{name}.safetensors.*{message}") as error:
@@ -194,7 +195,7 @@ def test_files_that_are_no_segmenter_are_one_line_each(tmp_path):
 
 
 def test_void_does_not_train_and_a_batch_of_void_has_no_gradient():
-    method = segmenters.UNet.build("mobilenet_v2", n_classes=5, **SMALL["unet"])
+    method = segmentation.UNet.build("mobilenet_v2", n_classes=5, **SMALL["unet"])
     images, masks = to_tensors(*make_batch())
     call = {"augmentation": "none", "size": None, "progress": 0.0}
     method.eval()
@@ -211,7 +212,7 @@ def test_void_does_not_train_and_a_batch_of_void_has_no_gradient():
 
 
 def test_wrong_label_ids_and_color_augmentations_are_one_line():
-    method = segmenters.UNet.build("mobilenet_v2", n_classes=3, **SMALL["unet"])
+    method = segmentation.UNet.build("mobilenet_v2", n_classes=3, **SMALL["unet"])
     images, masks = to_tensors(*make_batch())
     call = {"size": None, "progress": 0.0, "rng": np.random.default_rng(0)}
     with pytest.raises(ValueError, match="id 4, expected 0 to 2, or 255"):
@@ -229,7 +230,7 @@ def test_image_and_mask_are_augmented_alike(settings, size):
     rng = np.random.default_rng(0)
     masks = np.repeat(np.repeat(rng.integers(0, 6, (8, 4, 8)), 8, axis=1), 8, axis=2).astype(np.uint8)
     images = np.repeat(masks[:, None] * 40, 3, axis=1).astype(np.uint8)
-    x, y = segmenters.augment_pair(
+    x, y = segmentation.augment_pair(
         torch.from_numpy(images), torch.from_numpy(masks), size=size, rng=np.random.default_rng(1), **settings
     )
     assert x.shape == (8, 3, *(size or (32, 64))) and y.dtype == torch.int64
@@ -237,7 +238,7 @@ def test_image_and_mask_are_augmented_alike(settings, size):
     shown = (x[:, 0] * 255 / 40 - y).abs()
     # bilinear and nearest may differ on the borders of the squares only
     assert float((shown < 0.02).float().mean()) > (0.5 if settings.get("scale") or size else 0.999)
-    again = segmenters.augment_pair(
+    again = segmentation.augment_pair(
         torch.from_numpy(images), torch.from_numpy(masks), size=size, rng=np.random.default_rng(1), **settings
     )
     assert torch.equal(again[0], x) and torch.equal(again[1], y)
@@ -245,9 +246,9 @@ def test_image_and_mask_are_augmented_alike(settings, size):
 
 def test_without_augmentation_pixels_and_labels_are_untouched_and_void_survives_a_crop():
     images, masks = to_tensors(*make_batch())
-    x, y = segmenters.augment_pair(images, masks, rng=np.random.default_rng(0))
+    x, y = segmentation.augment_pair(images, masks, rng=np.random.default_rng(0))
     assert torch.equal((x * 255).round().byte(), images) and torch.equal(y, masks.long())
-    _, y = segmenters.augment_pair(
+    _, y = segmentation.augment_pair(
         images, torch.full_like(masks, 255), rng=np.random.default_rng(0), scale=(0.2, 1), flip=0.5
     )
     assert (y == 255).all()
@@ -255,7 +256,7 @@ def test_without_augmentation_pixels_and_labels_are_untouched_and_void_survives_
 
 def test_mixed_precision_moves_no_label_and_no_pixel():
     images, masks = to_tensors(*make_batch())
-    method = segmenters.UNet.build("mobilenet_v2", n_classes=5, **SMALL["unet"])
+    method = segmentation.UNet.build("mobilenet_v2", n_classes=5, **SMALL["unet"])
     call = dict(augmentation="crop", size=(32, 64))
     plain = method._augment(images, masks, rng=np.random.default_rng(0), **call)
     with torch.autocast("cpu", torch.bfloat16):

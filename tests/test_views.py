@@ -36,6 +36,23 @@ def test_crops_equal_torchvision_up_to_the_rounding_of_its_integer_kernel(images
     assert (difference <= 1.001).float().mean() > 0.9999
 
 
+@pytest.mark.parametrize(("side", "size"), [(96, 48), (224, 112)])
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_crops_of_large_images_go_another_way_to_the_same_pixels(monkeypatch, side, size, kind):
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes, flips = views.draw_boxes(IDS[:2], 8, height=side, width=side, scale=(0.08, 1.0), seed=3, stream="test")
+    seen = images if kind == "uint8" else images.float() / 255
+    fast = views.resized_crop(seen, boxes, size, flips=flips)
+    for k in range(8):
+        crop = F.resized_crop(images[1], *boxes[1, k].tolist(), [size, size], F.InterpolationMode.BICUBIC)
+        assert torch.equal(fast[1, k] * 255, (crop.flip(-1) if flips[1, k] else crop).float())
+    off_levels = views.resized_crop(images.float() / 255 + 0.001, boxes, size, flips=flips)  # no levels: two products
+    monkeypatch.setattr(views, "_LARGE", side**2 + 1)
+    difference = (views.resized_crop(seen, boxes, size, flips=flips) - fast).abs() * 255
+    assert difference.max() <= 2.001 and (difference <= 1.001).float().mean() > 0.9999
+    assert torch.equal(views.resized_crop(images.float() / 255 + 0.001, boxes, size, flips=flips), off_levels)
+
+
 def test_a_crop_of_everything_at_the_same_size_changes_nothing(images):
     assert torch.equal(views.make_views(images, IDS, size=32, seed=0), images.float() / 255)
 

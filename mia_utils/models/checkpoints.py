@@ -68,7 +68,7 @@ def read(path: Path) -> Checkpoint:
         parts = [read(path.parent / shard) for shard in shards]
         return Checkpoint(path.name, {key: value for part in parts for key, value in part.tensors.items()})
     if path.suffix == ".safetensors":
-        tensors, header = _read_safetensors(path)
+        tensors, header = read_safetensors(path)
         return Checkpoint(path.name, tensors, header)
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
@@ -115,7 +115,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the header of one file."""
     try:
         with safe_open(str(path), framework="pt") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}

@@ -336,11 +336,12 @@ def build(
     return module, arch, state, tell_method(checkpoint.tensors, prefix)
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], name: str, arch: str, facts: Facts) -> None:
-    """Load weights; heads and decoders beside the encoder are dropped and named, anything else must fit."""
+def fill(module: nn.Module, state: dict[str, Tensor], name: str, arch: str, facts: Facts | None = None) -> None:
+    """Load weights that must fit; with ``facts``, heads and decoders beside an encoder are dropped and named there."""
     own = module.state_dict()
     parts = {key.split(".")[0] for key in own} | {"norm", "reg_token", "dist_token", "rel_pos_bias", "stages", "layers"}
-    dropped = [k for k in state if k not in own and (k.split(".")[0] not in parts or re.match(r"(head|fc)\b", k))]
+    foreign = [k for k in state if k not in own and (k.split(".")[0] not in parts or re.match(r"(head|fc)\b", k))]
+    dropped = [] if facts is None else foreign
     state = {key: value for key, value in state.items() if key not in dropped}
     wrong = [key for key in own if key not in state or own[key].shape != state[key].shape]
     wrong += [key for key in state if key not in own]

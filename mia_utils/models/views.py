@@ -14,37 +14,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mia_utils import seeds
 
-
-def _draw_boxes(
-    rng: np.random.Generator, n: int, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
-) -> np.ndarray:
-    """Draw n boxes: the order of the draws is fixed, because resumed trainings repeat it."""
-    return _place_boxes(*_draw_tries(rng, n, scale, ratio), height, width, ratio)
+Range = Sequence[float]
+RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop
 
 
-def _draw_tries(
-    rng: np.random.Generator, n: int, scale: Sequence[float], ratio: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw share, log_ratio and shift of n boxes as :func:`_place_boxes` takes them."""
+def _draw_tries(rng: np.random.Generator, n: int, scale: Range, ratio: Range) -> tuple[np.ndarray, ...]:
+    """Draw share, log_ratio and shift of n boxes; the order is fixed, because resumed trainings repeat it."""
     share = rng.uniform(scale[0], scale[1], (n, 10))
-    log_ratio = rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10))
-    return share, log_ratio, rng.random((n, 2))
+    return share, rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10)), rng.random((n, 2))
 
 
-def _place_boxes(
-    share: np.ndarray, log_ratio: np.ndarray, shift: np.ndarray, height: int, width: int, ratio: Sequence[float]
-) -> np.ndarray:
+def _place_boxes(share: np.ndarray, log_ratio: np.ndarray, shift: np.ndarray, height: int, width: int, ratio: Range):
     """Place boxes by torchvision's RandomResizedCrop rule: the first of ten tries that fits, or the central crop.
 
     Args:
         share, log_ratio: (n, 10) area as a share of the image's, and log of width / height, of each try.
         shift: (n, 2) place of the box from top (left) 0 to bottom (right) 1.
 
-    Returns:
-        (n, 4) int64 top, left, height, width.
+    Returns (n, 4) int64 top, left, height, width.
     """
     for n_tries in (1, share.shape[1]):  # small boxes always fit at once
         area, aspect = height * width * share[:, :n_tries], np.exp(log_ratio[:, :n_tries])
@@ -65,24 +56,16 @@ def _place_boxes(
 
 
 def draw_boxes(
-    image_ids: Sequence[str],
-    n: int,
-    *,
-    height: int,
-    width: int,
-    scale: Sequence[float] = (0.08, 0.2),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    seed: int,
-    stream: str,
-) -> tuple[Tensor, Tensor]:
+    image_ids: Sequence[str], n: int, *, height: int, width: int, scale: Range = (0.08, 0.2), ratio: Range = RATIO,
+    seed: int, stream: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw n random-resized-crop boxes and flips per image, from a stream keyed by the image alone.
 
     Args:
         image_ids: N ids; an image gets the same boxes in any batch and any order.
         n: boxes per image (K).
         height, width: size of the images in pixels.
-        scale: range of the box area as a share of the image area.
-        ratio: range of width / height.
+        scale, ratio: ranges of the box area as a share of the image's, and of width / height.
         seed, stream: base seed and stream name, for example ``"partcrop"``.
 
     Returns:
@@ -104,9 +87,8 @@ def draw_boxes(
 def _bicubic_weights(start: Tensor, length: Tensor, n_in: int, n_out: int, flips: Tensor | None = None) -> Tensor:
     """Weights of antialiased bicubic resizing (a = -0.5) of [start, start + length) to n_out samples.
 
-    Returns (B, n_out, n_in), rows sum to one, zero outside the box (as cropping first and resizing then); rows in
-    reverse order where ``flips`` (B,) is set. Boxes are whole pixels, so few intervals differ: those of small images
-    are kept in a table, those of large ones are computed once a call.
+    Returns (B, n_out, n_in), rows sum to one, zero outside the box (cropped first, resized then); reversed where
+    ``flips`` (B,) is set. Few intervals of whole pixels differ: those of small images are kept in a table.
     """
     n_intervals = n_in * (n_in + 1)
     interval = start * (n_in + 1) + length
@@ -142,6 +124,9 @@ def _compute_weights(interval: Tensor, n_in: int, n_out: int) -> Tensor:
     return weight / weight.sum(-1, keepdim=True)
 
 
+_LARGE = 80 * 80  # pixels of an image from which one crop after the other is faster on a CPU than two dense products
+
+
 def resized_crop(
     images: Tensor, boxes: Tensor, size: int, *, flips: Tensor | None = None, rounded: bool = True
 ) -> Tensor:
@@ -156,18 +141,17 @@ def resized_crop(
 
     Returns:
         (N, K, 3, size, size) float32 in [0, 1].
-
-    Raises:
-        ValueError: wrong shapes.
     """
     if images.ndim != 4 or boxes.ndim != 3 or boxes.shape[-1] != 4 or len(images) != len(boxes):
         raise ValueError(f"expected (N, 3, H, W) and (N, K, 4), got {tuple(images.shape)} and {tuple(boxes.shape)}")
     n, channels, height, width = images.shape
-    k = boxes.shape[1]
+    k, on_cpu = boxes.shape[1], images.device.type == "cpu"
+    if on_cpu and rounded and height * width >= _LARGE and (levels := _find_levels(images)) is not None:
+        return _cut_large(levels, boxes, size, flips)
     boxes, flips = boxes.to(images.device), None if flips is None else flips.to(images.device)
     crops = torch.empty(n, k, channels, size, size, device=images.device)
     # on a CPU as many images at once as its cache holds: about 2 MB for crops of 16 pixels
-    step = max(1, 128 // max(k, 1)) if images.device.type == "cpu" else max(n, 1)
+    step = max(1, 128 // max(k, 1)) if on_cpu else max(n, 1)
     for first in range(0, n, step):
         block = slice(first, first + step)
         flipped = None if flips is None else flips[block]
@@ -176,11 +160,29 @@ def resized_crop(
     return crops
 
 
-def _cut(images: Tensor, boxes: Tensor, flips: Tensor | None, *, rounded: bool, out: Tensor) -> None:
-    """Cut one block of :func:`resized_crop` into ``out`` (N, K, C, S, S).
+def _find_levels(images: Tensor) -> Tensor | None:
+    """Images as uint8 where they hold nothing else than multiples of 1/255."""
+    if images.dtype == torch.uint8:
+        return images
+    levels = (images * 255).round()
+    return levels.to(torch.uint8) if bool(((levels - images * 255).abs() < 1e-3).all()) else None
 
-    The products are ordered so that nothing is copied between them.
-    """
+
+def _cut_large(images: Tensor, boxes: Tensor, size: int, flips: Tensor | None) -> Tensor:
+    """Crops of large images by the integer kernel that torchvision calls, one box after the other."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    crops = torch.empty(*boxes.shape[:2], images.shape[1], size, size, dtype=torch.uint8)
+    for i, rows in enumerate(boxes.tolist()):
+        for k, (top, left, height, width) in enumerate(rows):
+            part = images[i : i + 1, :, top : top + height, left : left + width]
+            crops[i, k] = F.interpolate(part, size=(size, size), mode="bicubic", antialias=True)[0]
+    if flips is not None:
+        crops = torch.where(flips.to(crops.device)[:, :, None, None, None], crops.flip(-1), crops)
+    return crops.float().div_(255)
+
+
+def _cut(images: Tensor, boxes: Tensor, flips: Tensor | None, *, rounded: bool, out: Tensor) -> None:
+    """Cut one block into ``out`` (N, K, C, S, S); the products are ordered so that nothing is copied between them."""
     (n, k, channels, size, _), (height, width) = out.shape, images.shape[2:]
     boxes, flips = boxes.reshape(n * k, 4), None if flips is None else flips.reshape(-1)
     pixels = images.float() if images.dtype == torch.uint8 else images * 255.0
@@ -199,11 +201,7 @@ def _cut(images: Tensor, boxes: Tensor, flips: Tensor | None, *, rounded: bool, 
 
 
 def check_images(images: Any, image_ids: Sequence[str]) -> Any:
-    """Check what is queried; return (N, H, W, 3) uint8 images to slice, streamed ones as they are.
-
-    Raises:
-        ValueError: another shape or type, or not one id per image.
-    """
+    """Check what is queried: (N, H, W, 3) uint8 images, streamed ones as they are, and one id for each."""
     images = images if hasattr(images, "shape") and not isinstance(images, Tensor) else np.asarray(images)
     if len(images.shape) != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
@@ -220,25 +218,21 @@ def read_pixels(images: Any, rows: slice | np.ndarray | list[int]) -> Tensor:
 def make_views(
     images: Tensor, image_ids: Sequence[str], *, view: str = "resize", size: int, seed: int, stream: str = "query"
 ) -> Tensor:
-    """Make the query view of every image.
+    """Make the query view of every image, (N, 3, size, size) float32 in [0, 1].
 
     Args:
         images: (N, 3, H, W) uint8, or float in [0, 1].
         image_ids: N ids that key the random views.
-        view: ``"resize"`` (deterministic; the same for members and strangers) or ``"random_resized_crop"``
+        view: ``"resize"`` (deterministic; the same for members and non-members) or ``"random_resized_crop"``
             (scale (0.2, 1) and flip: what the released PartCrop code gives members only).
-        size: side of the output in pixels.
-
-    Returns:
-        (N, 3, size, size) float32 in [0, 1].
+        size, seed, stream: side of the output in pixels, base seed and stream name.
     """
     n, _, height, width = images.shape
     if view == "resize":
         boxes, flips = torch.tensor([0, 0, height, width]).repeat(n, 1, 1), None
     elif view == "random_resized_crop":
-        boxes, flips = draw_boxes(
-            image_ids, 1, height=height, width=width, scale=(0.2, 1.0), seed=seed, stream=f"{stream}-view"
-        )
+        draws = dict(scale=(0.2, 1.0), seed=seed, stream=f"{stream}-view")
+        boxes, flips = draw_boxes(image_ids, 1, height=height, width=width, **draws)
     else:
         raise ValueError(f"expected view 'resize' or 'random_resized_crop', got {view!r}")
     return resized_crop(images, boxes, size, flips=flips)[:, 0]
@@ -320,16 +314,7 @@ def _change(x: Tensor, picked: Tensor, change: Callable[..., Tensor], *factors: 
 
 
 def augment(
-    images: Tensor,
-    *,
-    size: int,
-    rng: np.random.Generator,
-    scale: Sequence[float] | None = None,
-    flip: float = 0.0,
-    jitter: float = 0.0,
-    gray: float = 0.0,
-    blur: float = 0.0,
-    solarize: float = 0.0,
+    images: Tensor, *, size: int, rng: np.random.Generator, scale: Range | None = None, **chances: float
 ) -> Tensor:
     """Augment a training batch on its device; every image draws its own crop and factors.
 
@@ -338,29 +323,22 @@ def augment(
         size: side of the output in pixels.
         rng: numpy generator of this step (keyed by seed and step, so a resumed run repeats it).
         scale: area range of the random resized crop; None: no crop.
-        flip, jitter, gray, blur, solarize: probabilities per image.
+        chances: probabilities of flip, jitter, gray, blur, solarize per image.
 
     Returns:
         (B, 3, size, size) float32 in [0, 1].
     """
     b, _, height, width = images.shape
-    chance = torch.from_numpy(rng.random((b, 1, _N_CHANCES), dtype=np.float32))
-    boxes = None
+    chance, boxes = torch.from_numpy(rng.random((b, 1, _N_CHANCES), dtype=np.float32)), None
     if scale is not None:
-        boxes = torch.from_numpy(_draw_boxes(rng, b, height, width, scale, (3 / 4, 4 / 3)))[:, None]
-    return _apply(images, boxes, chance, size=size, flip=flip, jitter=jitter, gray=gray, blur=blur, solarize=solarize)
+        boxes = torch.from_numpy(_place_boxes(*_draw_tries(rng, b, scale, RATIO), height, width, RATIO))[:, None]
+    return _apply(images, boxes, chance, size=size, **chances)
 
 
 def query_views(
-    images: Tensor,
-    image_ids: Sequence[str],
-    n: int,
-    *,
-    augmentation: str = "simclr",
-    size: int,
-    seed: int,
+    images: Tensor, image_ids: Sequence[str], n: int, *, augmentation: str = "simclr", size: int, seed: int,
     stream: str = "encodermi",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Make n augmented query views of every image: :func:`augment`, drawn from a stream keyed by the image alone.
 
     The first views are the same whatever n is, and views of different augmentations share their draws (a crop of
@@ -371,14 +349,10 @@ def query_views(
         image_ids: N ids; an image gets the same views in any batch and any order.
         n: views per image (K).
         augmentation: name of :func:`parse_augmentation`.
-        size: side of the output in pixels.
-        seed, stream: base seed and stream name.
+        size, seed, stream: side of the output in pixels, base seed and stream name.
 
     Returns:
         (N, n, 3, size, size) float32 in [0, 1], not rounded to 1/255 (as in training).
-
-    Raises:
-        ValueError: an unknown augmentation, n < 1, images that are not (N, 3, H, W) uint8, or another number of ids.
     """
     settings = dict(parse_augmentation(augmentation))
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
@@ -390,37 +364,26 @@ def query_views(
     for row, image_id in zip(draws, image_ids, strict=True):
         seeds.rng(seed, stream, image_id).random(out=row)
     chance = torch.from_numpy(draws[..., :_N_CHANCES].astype(np.float32))
-    scale, ratio, boxes = settings.pop("scale", None), (3 / 4, 4 / 3), None
+    scale, boxes = settings.pop("scale", None), None
     if scale is not None:
-        low, high = math.log(ratio[0]), math.log(ratio[1])
+        low, high = math.log(RATIO[0]), math.log(RATIO[1])
         share, log_ratio, shift = np.split(draws[..., _N_CHANCES:].reshape(-1, 22), (10, 20), axis=1)
         share, log_ratio = scale[0] + (scale[1] - scale[0]) * share, low + (high - low) * log_ratio
-        boxes = torch.from_numpy(_place_boxes(share, log_ratio, shift, height, width, ratio)).reshape(-1, n, 4)
+        boxes = torch.from_numpy(_place_boxes(share, log_ratio, shift, height, width, RATIO)).reshape(-1, n, 4)
     return _apply(images, boxes, chance, size=size, **settings).unflatten(0, (len(images), n))
 
 
 def _apply(
-    images: Tensor,
-    boxes: Tensor | None,
-    chance: Tensor,
-    *,
-    size: int,
-    flip: float = 0.0,
-    jitter: float = 0.0,
-    gray: float = 0.0,
-    blur: float = 0.0,
-    solarize: float = 0.0,
-) -> Tensor:
-    """Apply draws to a batch: K views of each of B images, in the order of the images.
+    images: Tensor, boxes: Tensor | None, chance: Tensor, *, size: int, flip: float = 0.0, jitter: float = 0.0,
+    gray: float = 0.0, blur: float = 0.0, solarize: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Apply draws to a batch: K views of each of B images, in the order of the images, (B K, 3, size, size).
 
     Args:
         images: (B, 3, H, W) uint8.
         boxes: (B, K, 4) crops; None: the whole image.
         chance: (B, K, 11) uniform in [0, 1), on the CPU: flip, jitter, its 4 factors, gray, blur, its width, solarize,
             unused.
-
-    Returns:
-        (B K, 3, size, size) float32 in [0, 1].
     """
     (b, _, height, width), k = images.shape, chance.shape[1]
     mirrored = chance[:, :, 0] < flip

@@ -94,7 +94,7 @@ def check_outputs(function: Callable, modules: Sequence[nn.Module], shape: tuple
     x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0)).to(weights.device, weights.dtype)
     with torch.inference_mode(), evaluating(modules), torch.random.fork_rng():
         answers = [function(x[:rows]) for rows in (2, 2, 1)]
-    first, again, alone = (_unpack_tensor(answer, (*_VECTORS, *_TOKENS)) for answer in answers)
+    first, again, alone = (unpack_tensor(answer, (*_VECTORS, *_TOKENS)) for answer in answers)
     scale = float(first.float().abs().max()) or 1.0
     if first.shape != again.shape or not _agree(first, again, scale):
         raise ValueError(
@@ -117,7 +117,7 @@ _VECTORS = ("pooler_output", "image_embeds", "embeddings", "embedding", "feature
 _TOKENS = ("last_hidden_state", "x_norm_patchtokens", "feature_maps", "features", "out")
 
 
-def _unpack_tensor(answer: Any, keys: Sequence[str]) -> Tensor:
+def unpack_tensor(answer: Any, keys: Sequence[str]) -> Tensor:
     """Find the tensor in what common libraries return: a tensor, (tensor, ...), a dict, an output of transformers."""
     if isinstance(answer, Tensor):
         return answer
@@ -136,7 +136,7 @@ def _unpack_tensor(answer: Any, keys: Sequence[str]) -> Tensor:
 
 def unpack_vector(answer: Any) -> Tensor:
     """Vectors (N, D): of tokens without a pooled vector the first, of a map its mean."""
-    out = _unpack_tensor(answer, (*_VECTORS, "last_hidden_state"))
+    out = unpack_tensor(answer, (*_VECTORS, "last_hidden_state"))
     if out.ndim == 4:
         return out.mean((2, 3))
     if out.ndim == 3 and getattr(answer, "last_hidden_state", None) is not None:
@@ -148,7 +148,7 @@ def unpack_vector(answer: Any) -> Tensor:
 
 def unpack_tokens(answer: Any, x: Tensor, patch: int | Sequence[int] | None) -> Tensor:
     """Patch tokens (N, L, D); what stands before them in outputs of transformers (class, registers) is dropped."""
-    out = _unpack_tensor(answer, _TOKENS)
+    out = unpack_tensor(answer, _TOKENS)
     if out.ndim == 4:
         return out.flatten(2).transpose(1, 2)
     if out.ndim != 3:

@@ -131,7 +131,7 @@ def fit(
         options.setdefault("n_classes", int(max(x.max(initial=0) for x in both)) + 1)
     if privacy is not None:
         accounting.refuse(method, cls, privacy, options, precision=precision, frozen=encoder is not None)
-        options = {**options, "norm": "group"} if method in segmenters.METHODS else options
+        options = {**options, "norm": "group"} if method in segmenters.ARCHS else options
 
     # what identifies the training: kept in the run, compared before a killed one is continued
     augmentation = augmentation or defaults["augmentation"]

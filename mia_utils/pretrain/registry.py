@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from mia_utils import seeds
-from mia_utils.models import segmenters
 from mia_utils.models.encoders import Encoder, from_module, make_backbone
-from mia_utils.pretrain import dino, mae, moco, simclr, simmim, supervised
+from mia_utils.pretrain import dino, mae, moco, segmentation, simclr, simmim, supervised
 
 METHODS: dict[str, tuple[type, dict]] = {
     "mae": (mae.MAE, mae.DEFAULTS),
@@ -19,7 +18,7 @@ METHODS: dict[str, tuple[type, dict]] = {
     "moco-v2": (moco.MoCoV2, moco.DEFAULTS),
     "simclr": (simclr.SimCLR, simclr.DEFAULTS),
     "supervised": (supervised.Supervised, supervised.DEFAULTS),
-    **segmenters.METHODS,
+    **segmentation.METHODS,
 }
 
 
