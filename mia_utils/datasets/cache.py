@@ -162,13 +162,14 @@ def map_rows(path: Path, n: int, rows: Iterator[np.ndarray]) -> np.memmap:
     Of the files ``SOURCE.DATA.npy`` those of the same SOURCE and other DATA are removed.
     """
     source = path.name.partition(".")[0]
-    with lock(path.parent, source):
-        if not _is_whole(path):
-            for old in path.parent.glob(f"{source}.*.npy"):
-                old.unlink()
-            # written, not mapped: a full disk is an error here and a crash there
-            paths.write_atomic(path, lambda file: _write_rows(file, n, rows))
-        return np.load(path, mmap_mode="r")
+    if not _is_whole(path):
+        with lock(path.parent, source):
+            if not _is_whole(path):  # another job may have written it while this one waited
+                for old in path.parent.glob(f"{source}.*.npy"):
+                    old.unlink()
+                # written, not mapped: a full disk is an error here and a crash there
+                paths.write_atomic(path, lambda file: _write_rows(file, n, rows))
+    return np.load(path, mmap_mode="r")
 
 
 def _write_rows(file: BinaryIO, n: int, rows: Iterable[np.ndarray]) -> None:
