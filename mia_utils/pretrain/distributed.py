@@ -32,12 +32,8 @@ def get_rank() -> int:
 def launch(*, device: str | None = None, precision: str = "32-true") -> Fabric:
     """Return the fabric that a training runs on: one device, or one for each process of ``torchrun``.
 
-    Args:
-        device: None: CUDA when there is one, else the CPU (processes then talk through gloo).
-        precision: lightning-fabric's name.
-
-    Raises:
-        ValueError: more processes on this machine than GPUs.
+    ``device`` None: CUDA when there is one, else the CPU (processes then talk through gloo). More processes on this
+    machine than GPUs are a ValueError.
     """
     import torch
     from lightning_fabric import Fabric

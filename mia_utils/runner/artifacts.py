@@ -90,11 +90,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 @functools.cache  # once per process
 def verify(path: Path) -> None:
-    """Compare every file of an artifact with its digest; one of an earlier version, without digests, passes.
-
-    Raises:
-        Damaged: one line that names the file.
-    """
+    """Compare every file of an artifact with its digest, else raise ``Damaged``; without digests (old) it passes."""
     for name, digest in read_meta(path).get("files", {}).items():
         try:
             same = hash_file(path / name) == digest

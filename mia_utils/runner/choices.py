@@ -49,8 +49,8 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     | {"n_local": Annotated[int, Field(ge=0)], "teacher_temperature": Rate, "student_temperature": Rate}
     | {"hidden_dim": Count, "bottleneck_dim": Count},
     "moco": _CONTRAST | {"hidden_dim": Count},
-    "moco-v1": _CONTRAST | {"queue_size": Count},
-    "moco-v2": _CONTRAST | {"queue_size": Count},
+    "moco-v1": _CONTRAST | {"queue_size": Count, "bn_splits": Count},
+    "moco-v2": _CONTRAST | {"queue_size": Count, "bn_splits": Count},
     "simclr": {key: value for key, value in _CONTRAST.items() if key != "momentum"} | {"hidden_dim": Count},
     "supervised": _ENCODER,
     **{

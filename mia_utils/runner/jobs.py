@@ -67,17 +67,10 @@ def run_command(command: list[str], log: Path) -> dict[str, Any]:
 
 
 def run_notebook(source: Path, executed: Path, parameters: dict[str, Any], log: Path) -> dict[str, Any]:
-    """Execute a notebook in a kernel of this very environment.
+    """Execute a notebook in a kernel of this very environment; the executed copy is written after a failure, too.
 
-    Args:
-        source: notebook to read; it is not changed.
-        executed: where the executed copy goes, also after a failure.
-        parameters: injected after the ``parameters`` cell.
-        log: everything the notebook printed.
-
-    Returns:
-        dict: ``ok``; ``finding``, the line the notebook ended with; after a failure ``section`` (the last heading
-        above the failing cell) and ``message``.
+    Returns ``ok``; ``finding``, the line the notebook ended with; after a failure ``section`` (the last heading above
+    the failing cell) and ``message``.
     """
     import logging
 

@@ -49,13 +49,8 @@ def read_parameters(path: Path) -> dict[str, Any]:
 def merge_parameters(profile: Profile, notebook: str, defaults: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters a notebook is run with: its defaults, the profile's name and the profile's overrides.
 
-    Args:
-        profile: checked profile.
-        notebook: ``"03_partcrop"``.
-        defaults: of ``read_parameters``; they decide names and types.
-
-    Raises:
-        ValueError: a parameter the notebook does not have, another type, or a model the profile does not have.
+    ``defaults`` of ``read_parameters`` decide names and types. Another parameter, another type, or a model that the
+    profile does not have is a ValueError.
     """
     section = f"profiles/{profile.name}.yaml: notebooks: {notebook}"
     merged = defaults | ({"profile": profile.name} if "profile" in defaults else {})

@@ -107,21 +107,14 @@ class Plan:
 def select_notebooks(profile: Profile, wanted: list[str]) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Return the notebooks to execute with their parameters, all overrides of the profile checked.
 
-    Args:
-        profile: checked profile.
-        wanted: numbers or names (``"03"``, ``"03_partcrop"``); empty means all.
-
-    Raises:
-        ValueError: unknown notebook, here or in the profile; unknown parameter, wrong type.
+    ``wanted``: numbers or names (``"03"``, ``"03_partcrop"``); empty means all.
     """
     found = parameters.find_notebooks()
     for section in ("notebooks", "needs", "notebook_seconds"):
         for name in getattr(profile, section):
             if found and name not in found:
-                known = ", ".join(found)
-                raise ValueError(
-                    f"profiles/{profile.name}.yaml: {section}: unknown notebook {name!r}: expected one of {known}"
-                )
+                where = f"profiles/{profile.name}.yaml: {section}"
+                raise ValueError(f"{where}: unknown notebook {name!r}: expected one of {', '.join(found)}")
     chosen = set()
     for text in wanted:
         number = f"{int(text):02d}_" if text.isascii() and text.isdigit() and len(text) < 3 else None
@@ -181,15 +174,11 @@ def check_archs(rows: list[Row]) -> None:
 
 
 def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = False) -> Plan:
-    """Check a profile with everything it names, and find out what is left to do.
+    """Check a profile with everything it names, and find out what is left to do; nothing is started or written.
 
     Args:
-        name: profile name.
         wanted: notebook numbers; empty or ``None`` means all notebooks and all rows.
         strict: a missing data set is an error.
-
-    Raises:
-        ValueError: one line; nothing was started or written.
     """
     profile = profiles.load(name)
     plan = Plan(profile, select_notebooks(profile, wanted or []))

@@ -53,14 +53,11 @@ class Row(BaseModel):
     """One trained model.
 
     Attributes:
-        id: name of the model, unique in its profile.
         role: ``target``, ``shadow`` or ``reference``; a target and its shadow share the split (n_train and seed).
-        study: which question asks for the row: ``main`` rows are attacked throughout the book, the others by the
-            notebook of their study (``mim``, ``encodermi`` ...). No part of what the model is.
+        study: which question asks for the row: ``main`` rows are attacked throughout the book, others by one notebook.
+            No part of what the model is.
         n_train: number of members, the only images the model is trained on.
-        defense: what it is trained with against membership inference, a key of ``STRENGTHS``; a shadow that an adaptive
-            attacker trains has the same.
-        options: keyword arguments of the training method.
+        defense: what it is trained with against membership inference, a key of ``STRENGTHS``.
     """
 
     model_config = choices.STRICT
@@ -99,24 +96,17 @@ class Row(BaseModel):
 
 
 class Profile(BaseModel):
-    """What one run trains and executes; see ``profiles/quick.yaml`` for every key with a comment.
+    """What one run trains and executes; ``profiles/quick.yaml`` has every key with a comment.
 
     Attributes:
         first: model that is trained before all others, so that notebook 00 can start.
-        seeds: seeds of the main rows; notebooks average over them.
-        threads: OMP threads of each job.
-        workers: jobs side by side.
         train_jobs: pack all rows into at most this many processes; ``None`` gives each row a process of its own.
-        datasets: arguments of ``datasets.load`` for each data set.
-        split: arguments of ``splits.draw``.
-        splits: what differs from them for single data sets, data set -> argument -> value.
+        splits: what differs from ``split`` for single data sets, data set -> argument -> value.
         models: the rows, complete: ``defaults:`` of the file is filled in (see ``parse``).
         notebooks: parameter overrides, notebook name -> parameter -> value.
         needs: rows that a notebook waits for, notebook name -> row field -> accepted values; not named: all rows
             (notebook 00: ``first`` only).
-        notebook_seconds: estimated seconds of the notebooks, until measured.
-        gpu_tflops: of a profile that is meant for a GPU: 1e12 operations that it is assumed to do in a second, in
-            bfloat16 and while training; ``--plan`` then estimates GPU hours and memory. ``None``: for CPUs.
+        gpu_tflops: for a GPU: 1e12 operations a second that it is assumed to do (bfloat16, training), for ``--plan``.
     """
 
     model_config = choices.STRICT
@@ -170,7 +160,7 @@ def list_names() -> list[str]:
 
 
 def load(name: str) -> Profile:
-    """Read and check ``profiles/<name>.yaml``; a wrong entry is a ValueError of one line naming file, section, key."""
+    """Read and check ``profiles/<name>.yaml``; a wrong entry is a ValueError of one line: file, section, key."""
     names = list_names()
     if name not in names:
         raise ValueError(f"unknown profile {name!r}: expected one of {', '.join(names)}")
@@ -183,19 +173,11 @@ def load(name: str) -> Profile:
 
 
 def parse(text: str, *, source: str, name: str | None = None) -> Profile:
-    """Check the text of a profile.
+    """Check the text of a profile; a wrong entry is a ValueError of one line ``<source>: <section>: <key>: ...``.
 
     ``defaults:`` holds fields that every row inherits, and under the name of a method fields of that method's rows; the
     nearest wins, ``options`` as a whole. A row is complete afterwards: what a model is does not depend on how it was
-    written.
-
-    Args:
-        text: YAML.
-        source: file name for error messages.
-        name: the name the profile must carry.
-
-    Raises:
-        ValueError: one line ``<file>: <section>.<key>: expected ..., got ...``.
+    written. ``name`` is the name that the profile must carry.
     """
     values: Any = None
     try:

@@ -31,14 +31,7 @@ SPARE_BYTES = 300e6  # scores, figures, executed notebooks and one half-written 
 
 
 def check_data_folder(n_bytes: float) -> None:
-    """Refuse to start when the models could not be saved.
-
-    Args:
-        n_bytes: what the run is expected to write.
-
-    Raises:
-        ValueError: data/ cannot be written, too little space, or ``MIA_DATA_DIR`` names no folder.
-    """
+    """Refuse to start when ``n_bytes`` of models could not be saved, or ``MIA_DATA_DIR`` names no folder."""
     given = os.environ.get("MIA_DATA_DIR")
     if given and not paths.get_raw_dir().is_dir():
         raise ValueError(f"MIA_DATA_DIR: expected a folder, got {given}; make it or unset the variable")
