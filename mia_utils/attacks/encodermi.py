@@ -72,16 +72,11 @@ def extract_features(
     """Query a frozen encoder with augmented views of every image (steps 1-3).
 
     Args:
-        encoder: has ``embed`` and ``input_size``.
-        images: (N, H, W, 3) uint8; streamed ones are decoded a chunk at a time.
-        image_ids: N ids that key the views: an image's features do not depend on its batch or its order.
+        encoder: has ``embed`` and ``input_size``; the arguments of all queries: ``attacks/query.py``.
         n_views: views per image (K >= 2). The features of fewer views are the first columns of those of more.
         augmentation: a name of ``views.parse_augmentation``; ``"simclr"`` is the paper's (random resized crop (0.2, 1),
             flip .5, jitter .4/.4/.4/.1 with probability .8, gray .2).
-        measure: ``"cosine"``, ``"euclidean"`` or ``"pearson"``, see :func:`compare_views`.
-        pooling: ``"cls"``, ``"mean"``, or ``"auto"`` = the vector that the method trained.
-        batch_size: images per forward; None fits it to memory. Changes nothing but speed.
-        progress: show a bar with images/s when it takes longer than five seconds.
+        measure: see :func:`compare_views`.
 
     Returns:
         (N, P) float32 on the CPU, higher = closer.

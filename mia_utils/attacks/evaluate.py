@@ -108,10 +108,9 @@ def evaluate(
             got = _extract(attack, queried, pool, index[rows], handed, extract_params, cache)
             features = np.empty((len(index), *got.shape[1:]), got.dtype) if features is None else features
             if got.shape[1:] != features.shape[1:]:
-                raise ValueError(
-                    f"attack {name!r}: the target gives features {features.shape[1:]} an image, the shadow "
-                    f"{got.shape[1:]}: give both the same classes (datasets.map_labels) and sizes"
-                )
+                sizes = f"the target gives features {features.shape[1:]} an image, the shadow {got.shape[1:]}"
+                way = "give both the same classes (datasets.map_labels) and sizes"
+                raise ValueError(f"attack {name!r}: {sizes}: {way}")
             features[rows] = got
         return features
 
@@ -122,19 +121,10 @@ def evaluate(
 
     if references:
         theirs = np.stack([attack.statistic(extract(one, one)) for one in references])
-    meta = {
-        "paper": attack.paper,
-        "dataset": pool.name,
-        "model": str(getattr(model, "name", type(model).__name__)),
-        "protocol": protocol,
-        "knowledge": knowledge,
-        "known_share": known_share,
-        "seed": seed,
-        "split": split.hash,
-        "queries": attack.count_queries(extract_params),
-        "params": _identify(extract_params | fit_params),
-        "fitted": attack.fitted,
-    }
+    meta = dict(paper=attack.paper, dataset=pool.name, model=str(getattr(model, "name", type(model).__name__)))
+    meta |= dict(protocol=protocol, knowledge=knowledge, known_share=known_share, seed=seed, split=split.hash)
+    meta |= dict(queries=attack.count_queries(extract_params), params=_identify(extract_params | fit_params))
+    meta["fitted"] = attack.fitted
     if references:
         meta |= {"n_references": len(references), "calibration": calibration}
     if "reconstruct" in attack.needs:  # the target's decoder leaks far more than one the attacker trains
@@ -179,12 +169,9 @@ def evaluate_blind(pool, rung: str, *, n_members: int, seed: int = 0) -> Result:
     Nothing is trained on the members, so every AUC above 0.5 is a flaw of the protocol and no leak of any model.
 
     Args:
-        pool: the data set.
-        rung: the protocol, one of ``BLIND_RUNGS``: ``"controlled"``, ``"released-view"``, ``"released-split"``,
-            ``"frame-thirds"`` (video split by blocks, but the attacker knows frames of the blocks it is scored on) or
-            ``"iid-frames"`` (video split frame by frame, as if frames were independent).
+        rung: one of ``BLIND_RUNGS``; ``"frame-thirds"``: video split by blocks, but the attacker knows frames of the
+            blocks it is scored on; ``"iid-frames"``: video split frame by frame, as if frames were independent.
         n_members: members, and three times as many non-members, or two times or as many where the pool has no more.
-        seed: seed of the split and the views.
 
     Returns:
         Result of an attack called ``no-model``, without controls.
@@ -235,7 +222,7 @@ def _sort_references(attack: Attack, reference: object, calibration: str) -> tup
 
 
 def _check(attack: Attack, model, pool, split, knowledge, shadow, references, protocol) -> None:
-    """Raise a one-line error for what does not fit together, before anything is computed."""
+    """Refuse what does not fit together, before anything is computed."""
     for role, queried in (("model", model), ("shadow", shadow), *(("reference", one) for one in references)):
         if queried is not None and (missing := find_missing(attack, queried)):
             raise ValueError(f"attack {attack.name!r} needs {', '.join(sorted(missing))}, which the {role} lacks")
@@ -254,10 +241,8 @@ def _check(attack: Attack, model, pool, split, knowledge, shadow, references, pr
         raise ValueError(f"attack {attack.name!r} trains no attacker: it has no protocol 'released-selection'")
     split.check_pool(pool)
     if (split.rule == "official") != (protocol == "released-split"):
-        raise ValueError(
-            f"protocol {protocol!r} does not fit a split of rule {split.rule!r}: "
-            "splits.draw(rule='official') and protocol='released-split' go together"
-        )
+        way = "splits.draw(rule='official') and protocol='released-split' go together"
+        raise ValueError(f"protocol {protocol!r} does not fit a split of rule {split.rule!r}: {way}")
 
 
 def _cross_fit(

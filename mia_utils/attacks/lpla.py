@@ -35,19 +35,12 @@ def extract_norms(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
-    """Query a frozen encoder once per image and measure its output (steps 1-3).
+    """Query a frozen encoder once per image and measure its output (steps 1-3): (N, 1) float32 on the CPU.
 
     Args:
-        encoder: has ``embed`` and ``input_size``.
-        images: (N, H, W, 3) uint8; streamed ones are decoded a chunk at a time.
-        image_ids: N ids; nothing is random here, so they change nothing.
+        encoder: has ``embed`` and ``input_size``; the arguments of all queries: ``attacks/query.py``.
         p: order of the norm, > 0; ``float("inf")`` is the largest entry. On a class token after its layer norm the
             2-norm is all but constant: other p, or ``pooling="mean"``, have more to say.
-        pooling: ``"cls"``, ``"mean"``, or ``"auto"`` = the vector that the method trained.
-        batch_size: images per forward; changes nothing but speed.
-
-    Returns:
-        (N, 1) float32 on the CPU.
     """
     images = query.check_query(encoder, images, image_ids)
     if not p > 0:
@@ -84,13 +77,9 @@ def fit_ratio(
     density: str = "normal",
     seed: int = 0,
 ) -> RatioAttacker:
-    """Fit the norm's density among members and among non-members.
+    """Fit the density of norms (N, 1) among members and non-members: ``"normal"``, or ``"kernel"`` (Scott's rule).
 
-    Args:
-        features: (N, 1) norms.
-        is_member: (N,) bool.
-        validation, seed: not used, the fit is deterministic and chooses nothing: every attacker is called alike.
-        density: ``"normal"``, or ``"kernel"`` (Gaussian kernels, Scott's bandwidth).
+    ``validation`` and ``seed`` are not used, nothing is chosen or drawn: every attacker is called alike.
     """
     x, y = network.check_pair(features, is_member, "fit")
     x = _check_norms(x)

@@ -24,11 +24,7 @@ from mia_utils.models import views
 from mia_utils.models.encoders import Encoder
 from mia_utils.pretrain import mae
 
-CHOICES = {
-    "distance": ("mse", "l1", "ssim"),
-    "region": ("masked", "all"),
-    "space": ("auto", "pixels", "normalized"),
-}
+CHOICES = {"distance": ("mse", "l1", "ssim"), "region": ("masked", "all"), "space": ("auto", "pixels", "normalized")}
 
 
 def draw_masks(n_masks: int, n_tokens: int, *, mask_ratio: float = 0.75, seed: int = 0) -> Tensor:
@@ -160,8 +156,7 @@ def compute_distances(
         space: ``"auto"`` is ``"normalized"`` for a model trained with ``norm_pix_loss`` (SSIM: pixels), else
             ``"pixels"``.
         seed: of the masks.
-        batch_size: pairs of image and mask per forward; None fits it to memory. Changes nothing but speed.
-        progress: show a bar with images/s when it takes longer than five seconds.
+        batch_size: *pairs* of image and mask per forward; None fits it to memory. Changes nothing but speed.
 
     Returns:
         (N, M) float64, larger = worse reconstructed; the first columns are those of a smaller M.
@@ -214,13 +209,7 @@ def _prepare(autoencoder: torch.nn.Module, x: Tensor) -> Callable[[Tensor], Tens
 
 
 def score_reconstruction(autoencoder: torch.nn.Module, images: np.ndarray | Tensor, **settings) -> np.ndarray:
-    """Score images by how well a masked-image model reconstructs them (steps 1-3).
-
-    Arguments as in :func:`compute_distances`.
-
-    Returns:
-        (N,) float64: minus the mean distance, higher = more likely a member.
-    """
+    """Minus the mean of :func:`compute_distances` (same arguments): (N,) float64, higher = more likely a member."""
     return -compute_distances(autoencoder, images, **settings).mean(axis=1)
 
 
@@ -240,18 +229,13 @@ def extract_distances(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> np.ndarray:
-    """Distance of every image, calibrated where a reference is given: d(x) - alpha d_reference(x) (steps 1-4).
+    """Distance (N, 1) of every image, smaller = more likely a member; further arguments: :func:`compute_distances`.
 
     Args:
         image_ids: N ids; not used: all images share their masks, so nothing is random per image.
         reference: another autoencoder, trained on other data: what it can't reconstruct either is hard, not a
-            non-member. It is measured in the model's ``space``.
+            non-member; then the distance is d(x) - alpha d_reference(x) (step 4), in the model's ``space``.
         alpha: weight of the reference's distance.
-
-    Further arguments as in :func:`compute_distances`.
-
-    Returns:
-        (N, 1) float64, smaller = more likely a member.
     """
     if len(image_ids) != len(images):
         raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
@@ -275,14 +259,13 @@ def compute_log_likeness(features: np.ndarray) -> np.ndarray:
 
 
 def fit_decoder(encoder: Encoder, images: np.ndarray, *, epochs: int, seed: int = 0, **settings) -> torch.nn.Module:
-    """Train the attacker's decoder over a target that was released without one; the encoder stays as it is.
+    """Train the attacker's decoder over a target that was released without one: an autoencoder with ``reconstruct``.
 
-    Arguments as in :func:`train_decoder`.
-
-    Returns:
-        An autoencoder with ``reconstruct``; its ``decoder_of`` is ``"attacker"``.
+    Arguments as in :func:`train_decoder`. The encoder stays as it is; ``decoder_of`` is ``"attacker"``.
     """
-    return train_decoder(encoder, images, epochs=epochs, seed=seed, **settings).decoder
+    model = train_decoder(encoder, images, epochs=epochs, seed=seed, **settings).decoder
+    model.decoder_of = "attacker"  # evaluate keeps it in the meta of every row
+    return model
 
 
 def train_decoder(

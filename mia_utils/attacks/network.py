@@ -27,13 +27,8 @@ from torch.nn import functional as F
 from mia_utils import seeds
 
 # hidden layers of the paper's ablation
-WIDTHS = {
-    "base": (512, 256, 128),
-    "wide": (1024, 512, 256),
-    "narrow": (256, 128, 64),
-    "deep": (512, 256, 256, 128),
-    "shallow": (512, 128),
-}
+WIDTHS = {"base": (512, 256, 128), "wide": (1024, 512, 256), "narrow": (256, 128, 64)}
+WIDTHS |= {"deep": (512, 256, 256, 128), "shallow": (512, 128)}
 VERSIONS = ("v1", "v2")
 # Eight times cheaper than the paper's at the same AUC (.844 against .849, .629 against .631): evaluate(..., **CHEAP)
 CHEAP = {"widths": (128, 64), "patience": 5, "epochs": 50}
@@ -251,14 +246,9 @@ def compute_auc(score: np.ndarray, is_member: np.ndarray) -> float:
 
 
 def pick_threshold(score: np.ndarray, is_member: np.ndarray) -> float:
-    """Pick the threshold of ``score >= threshold`` with the highest balanced accuracy.
+    """Pick the threshold of ``score >= threshold`` with the highest balanced accuracy, on scores not evaluated.
 
-    Args:
-        score: (N,) float, higher = more likely a member. Not the scores that are evaluated.
-        is_member: (N,) bool.
-
-    Returns:
-        float, halfway to the next lower score so that it does not sit on one image.
+    It lies halfway to the next lower score, so that it does not sit on one image.
     """
     fpr, tpr, thresholds = roc_curve(is_member, score, drop_intermediate=False)
     at = int(np.argmax(tpr - fpr))

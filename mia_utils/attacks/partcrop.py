@@ -125,10 +125,7 @@ def iterate_parts(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield probes (n, K, D) and tokens (n, L, D) of successive chunks of images (steps 1 and 2).
-
-    Arguments as in :func:`extract_features`.
-    """
+    """Yield probes (n, K, D) and tokens (n, L, D) of chunks of images (steps 1, 2); see :func:`extract_features`."""
     if probes not in PROBES:
         raise ValueError(f"expected probes {', '.join(PROBES)}, got {probes!r}")
     images, size, device = views.check_images(images, image_ids), encoder.input_size, query.get_device(encoder)
@@ -198,20 +195,15 @@ def extract_features(
     """Query a frozen encoder with the parts of every image (steps 1-5).
 
     Args:
-        encoder: has ``tokens``, ``embed`` and ``input_size``.
-        images: (N, H, W, 3) uint8; streamed ones are decoded a chunk at a time.
-        image_ids: N ids that key all draws: an image's features do not depend on its batch or its order.
+        encoder: has ``tokens``, ``embed`` and ``input_size``; the arguments of all queries: ``attacks/query.py``.
         n_crops: parts per image (K).
         crop_scale: area range of a part as a share of the view (the paper's best of five).
         crop_size: side of a part in pixels; None: the paper's (:func:`get_crop_size`).
-        pooling: vector of a part: ``"cls"``, ``"mean"``, or ``"auto"`` = the one the method trained.
-        kind: ``"uniform"``, ``"gaussian"`` or ``"both"``.
+        kind: see :func:`part_energies`.
         view: global view, one name or one per image. The released code gives members ``"random_resized_crop"`` and
             non-members ``"resize"``; the controlled protocol gives every image ``"resize"``.
         probes: ``"parts"``; ``"random"``: K normal vectors of the parts' root mean square instead; ``"other-image"``:
             the parts probe the tokens of another of these images (seeded), so nothing of the image's own is left.
-        batch_size: images per forward; None fits it to memory. Changes nothing but speed.
-        progress: show a bar with images/s when it takes longer than five seconds.
 
     Returns:
         (N, K) or, for ``"both"``, (N, 2K) float32 on the CPU.
@@ -257,15 +249,10 @@ def responses(
 
 
 def response_curves(encoder, images: np.ndarray, *, image_ids: Sequence[str], **options) -> np.ndarray:
-    """Mean part-response curve of every image: v_ij sorted over tokens in descending order, averaged over parts.
+    """Mean part-response curve (N, L) float32 of every image: v_ij sorted over tokens, descending, averaged over parts.
 
-    The paper's Figure 2 is the mean of the members' rows beside the mean of the non-members' rows.
-
-    Args:
-        options: those of :func:`extract_features`, without ``kind``.
-
-    Returns:
-        (N, L) float32, rows sum to one.
+    The paper's Figure 2 is the mean of the members' rows beside the mean of the non-members' rows. Options:
+    :func:`extract_features`, without ``kind``.
     """
     chunks = iterate_parts(encoder, images, image_ids=image_ids, **options)
     curves = [
@@ -279,13 +266,9 @@ def response_curves(encoder, images: np.ndarray, *, image_ids: Sequence[str], **
 
 
 def measure_tokens(tokens: Tensor) -> Tensor:
-    """Logarithms of five sizes of an image's tokens X; ours, no paper.
+    """Logarithms (N, 5) of five sizes of an image's tokens X (N, L, D); ours, no paper.
 
-    Args:
-        tokens: (N, L, D).
-
-    Returns:
-        (N, 5): spread sqrt(mean_j |X_j - mean X|^2); |mean X|; mean and largest |X_j|; largest |X_j - mean X|.
+    Spread sqrt(mean_j |X_j - mean X|^2); |mean X|; mean and largest |X_j|; largest |X_j - mean X|.
     """
     mean = tokens.mean(1, keepdim=True)
     away, long = (tokens - mean).norm(dim=-1), tokens.norm(dim=-1)  # (N, L)

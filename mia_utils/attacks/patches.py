@@ -42,14 +42,9 @@ def draw_patches(
 ) -> Tensor:
     """Draw uniformly random patches per image, from a stream keyed by seed and image alone.
 
-    Args:
-        image_ids: N ids; an image gets the same patches in any batch and any order.
-        n_patches: P; the first patches of a longer draw are those of a shorter one.
-        height, width: of the maps.
-        size: (h, w) of a patch.
-
     Returns:
-        (N, P, 2) int64 top and left; every patch lies inside the map.
+        (N, P, 2) int64 top and left of patches of ``size`` (h, w) inside maps of ``height`` x ``width``; the first of a
+        longer draw are those of a shorter one.
     """
     if n_patches < 1:
         raise ValueError(f"expected n_patches >= 1, got {n_patches}")
@@ -63,16 +58,7 @@ def draw_patches(
 
 
 def gather_patches(maps: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut the patches of all images in one gather.
-
-    Args:
-        maps: (N, C, H, W).
-        corners: (N, P, 2) int64 top and left.
-        size: (h, w) of a patch.
-
-    Returns:
-        (N, P, C, h, w).
-    """
+    """Cut patches of ``size`` at corners (N, P, 2) out of maps (N, C, H, W) in one gather: (N, P, C, h, w)."""
     if maps.ndim != 4 or corners.ndim != 3 or len(maps) != len(corners):
         raise ValueError(f"expected (N, C, H, W) and (N, P, 2), got {tuple(maps.shape)} and {tuple(corners.shape)}")
     device, (height, width) = maps.device, maps.shape[2:]
@@ -87,15 +73,10 @@ def gather_patches(maps: Tensor, corners: Tensor, size: tuple[int, int]) -> Tens
 
 
 def make_network(n_channels: int, *, network: str = "resnet10t-thin", seed: int = 0) -> nn.Module:
-    """Build the patch classifier: a timm ResNet without a stride in its last stage, as in the paper.
+    """Build the patch classifier (B, n_channels, h, w) -> (B, 2) logits: non-member, member.
 
-    Args:
-        n_channels: channels of the input map.
-        network: ``"resnet10t-thin"`` (a laptop's), ``"resnet50"`` (the paper's, deep stem), or any timm ResNet.
-        seed: seed of the private initialization stream.
-
-    Returns:
-        Module (B, n_channels, h, w) -> (B, 2) logits: non-member, member.
+    A timm ResNet without a stride in its last stage, as in the paper: ``"resnet10t-thin"`` (a laptop's), ``"resnet50"``
+    (the paper's, deep stem), or any other; ``seed`` of the private initialization stream.
     """
     name, changes = NETWORKS.get(network, (network, {}))
     with torch.random.fork_rng(devices=[]):
@@ -126,11 +107,7 @@ class PatchAttacker:
         self._seed, self._shape = seed, tuple(shape)
 
     def score(self, features: np.ndarray | Tensor, *, image_ids: Sequence[str]) -> np.ndarray:
-        """Score images by the sum, over their patches, of member logit minus non-member logit.
-
-        Args:
-            features: (N, C', H, W) as in ``fit``.
-            image_ids: N ids that key the positions of the patches.
+        """Score maps (N, C', H, W) by the sum, over patches keyed by ``image_ids``, of member minus non-member logit.
 
         Returns:
             (N,) float64, higher = more likely a member; does not depend on the other images.

@@ -1,4 +1,13 @@
-"""Querying a frozen model image by image: one loop over chunks, sized to fit memory, for every attack's extraction."""
+"""Querying a frozen model image by image: one loop over chunks, sized to fit memory, for every attack's extraction.
+
+What every ``extract`` takes, beside the model:
+    images: (N, H, W, 3) uint8; streamed ones are decoded a chunk at a time.
+    image_ids: N ids that key all draws: an image's features do not depend on its batch or its order.
+    seed: of the draws; deterministic queries take it so that every extract is called alike.
+    pooling: vector of an image: ``"cls"``, ``"mean"``, or ``"auto"`` = the one that the method trained.
+    batch_size: images per forward; None fits it to memory. Changes nothing but speed.
+    progress: show a bar with images/s when it takes longer than five seconds.
+"""
 
 from __future__ import annotations
 

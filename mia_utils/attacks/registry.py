@@ -111,14 +111,10 @@ def table(model: object | None = None) -> pd.DataFrame:
     """
     rows = []
     for attack in ATTACKS.values():
-        row = {
-            "attack": attack.name,
-            "needs": ", ".join(n for n in NEEDS if n in attack.needs),
-            "queries": attack.count_queries(),
-            "knowledge": "partial or shadow" if attack.fitted else "none (partial or shadow for a threshold)",
-            "references": attack.statistic is not None,
-            "paper": attack.paper,
-        }
+        knowledge = "partial or shadow" if attack.fitted else "none (partial or shadow for a threshold)"
+        row = dict(attack=attack.name, needs=", ".join(n for n in NEEDS if n in attack.needs))
+        row |= dict(queries=attack.count_queries(), knowledge=knowledge)
+        row |= dict(references=attack.statistic is not None, paper=attack.paper)
         rows.append(row if model is None else row | {"runs": not find_missing(attack, model)})
     return pd.DataFrame(rows)
 

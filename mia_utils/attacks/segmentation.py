@@ -20,19 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mia_utils.attacks import query
-
-# steps 3 to 5 are attacks/patches.py; the whole attack is at hand under one name
-from mia_utils.attacks.patches import (  # noqa: F401
-    PatchAttacker,
-    draw_patches,
-    fit,
-    gather_patches,
-    get_patch_size,
-    join_one_hot,
-    make_network,
-)
+from mia_utils.attacks import patches, query
 from mia_utils.models import views
+
+# steps 3 to 5, so that the whole attack is at hand under one name
+fit, make_network, PatchAttacker = patches.fit, patches.make_network, patches.PatchAttacker
+draw_patches, gather_patches, get_patch_size = patches.draw_patches, patches.gather_patches, patches.get_patch_size
 
 TINY = 1e-30  # smallest posterior inside the logarithm, as released: no loss exceeds 69.08
 ARGMAX_DIVISOR = 50.0  # the released code divides the loss map of argmax posteriors (0 or 69.08) by this
@@ -66,7 +59,7 @@ def make_loss_map(posteriors: Tensor, labels: Tensor, *, ignore_index: int = 255
 
 def make_concatenation(posteriors: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
     """Concatenate posteriors and one-hot labels (ignored pixels: all zeros): (N, 2C, H, W); arguments as above."""
-    return join_one_hot(posteriors, _check_labels(posteriors, labels, ignore_index))
+    return patches.join_one_hot(posteriors, _check_labels(posteriors, labels, ignore_index))
 
 
 def make_argmax(posteriors: Tensor) -> Tensor:
@@ -97,15 +90,9 @@ def compute_mean_loss(posteriors: Tensor, labels: Tensor, *, ignore_index: int =
 def compute_class_losses(
     loss_map: Tensor | np.ndarray, labels: Tensor | np.ndarray, n_classes: int, *, ignore_index: int = 255
 ) -> np.ndarray:
-    """Mean loss of every class in every image: which classes leak membership.
+    """Mean loss of every class in every image, (N, C) float64, NaN where it is absent: which classes leak membership.
 
-    Args:
-        loss_map: (N, 1, H, W) as of :func:`make_loss_map` at full resolution.
-        labels: (N, H, W) integer.
-        n_classes: C.
-
-    Returns:
-        (N, C) float64, NaN where the class is absent from the image.
+    ``loss_map`` (N, 1, H, W) is that of :func:`make_loss_map` at full resolution, ``labels`` (N, H, W) integer.
     """
     loss, labels = np.asarray(loss_map, np.float64), np.asarray(labels).astype(np.int64)
     if loss.shape != (len(labels), 1, *labels.shape[1:]):
@@ -181,8 +168,9 @@ def _query_with(make: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[...
             out[rows] = part
         return out
 
-    functools.update_wrapper(extract, make)  # its name is part of the identity of cached features
-    del extract.__wrapped__  # but its signature is not make's
+    # its name is part of the identity of cached features; its signature is not make's
+    functools.update_wrapper(extract, make, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    del extract.__wrapped__
     return extract
 
 
@@ -191,13 +179,8 @@ def extract_loss_map(posteriors: Tensor, labels: Tensor) -> Tensor:
     """Query a segmenter and compare its posteriors with the ground-truth labels: structured loss maps.
 
     Args:
-        model: has ``posteriors(images (N, 3, H, W) in [0, 1]) -> (N, C, H, W)``.
-        images: (N, H, W, 3) uint8; streamed ones are decoded a chunk at a time.
-        image_ids: N ids (they key the patches, which are drawn later).
+        model: has ``posteriors(images (N, 3, H, W) in [0, 1]) -> (N, C, H, W)``; all else: ``attacks/query.py``.
         masks: (N, H, W) uint8 ground-truth labels, void 255.
-        seed: not used, queries are deterministic: every extract is called alike.
-        batch_size: images per forward; None fits it to memory. Changes nothing but speed.
-        progress: show a bar with images/s when it takes longer than five seconds.
 
     Returns:
         (N, 1, H, W) float16; images of 512 rows and more: averaged over cells of 8 x 8.
