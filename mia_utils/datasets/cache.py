@@ -90,14 +90,21 @@ def count_memory() -> float:
         return float("inf")
 
 
-def lock(folder: Path, name: str) -> contextlib.AbstractContextManager:
-    """Take the lock under which a cache is made: of two jobs one makes it and the other waits."""
+@contextlib.contextmanager
+def lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock under which a cache is made: of two jobs one makes it and the other waits, then looks again."""
+    path = folder / f".{name}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / f".{name}.lock").acquire()  # leaving the context releases it
+        held = FileLock(path).acquire()
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"can not write in {folder}: {reason}: get the right to, or set MIA_DATA_DIR") from error
+    with held:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def find_root(root: str | Path | None, *, needed: bool) -> Path | None:

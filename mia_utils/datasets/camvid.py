@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,30 +26,16 @@ def load_camvid(root: Path) -> dict[str, Any]:
         try:
             download_url_to_file(URL, str(archive), progress=True)
         except Exception as error:  # network, disk, address: urllib raises many types
-            raise _make_download_error(root, error) from error
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise FileNotFoundError(
+                f"camvid: could not download it ({reason}): place {ARCHIVE} (187 MB) or camvid-HEIGHTxWIDTH.npz in "
+                f"{root}, see data/README.md"
+            ) from error
     try:
         with zipfile.ZipFile(archive) as file:
             return _read(file)
     except (zipfile.BadZipFile, EOFError, OSError, KeyError, zipfile.zlib.error) as error:
         raise ValueError(f"{archive}: not all of CamVid ({error}): delete it, it is fetched again") from error
-
-
-def check_camvid(root: Path) -> None:
-    """Say in one line that the archive can't be had *before* anything is locked or written in the data folder."""
-    if not (Path(root) / ARCHIVE).is_file():
-        try:
-            with urllib.request.urlopen(URL, timeout=20):
-                pass
-        except (OSError, ValueError) as error:  # URLError is an OSError
-            raise _make_download_error(root, error) from None
-
-
-def _make_download_error(root: Path, error: Exception) -> FileNotFoundError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
-    return FileNotFoundError(
-        f"camvid: could not download it ({reason}): place {ARCHIVE} (187 MB) or camvid-HEIGHTxWIDTH.npz in {root}, see "
-        "data/README.md"
-    )
 
 
 def _read(file: zipfile.ZipFile) -> dict[str, Any]:

@@ -35,7 +35,6 @@ class Source:
     size: tuple[int, int] | None = None
     stored: tuple[int, int] | None = None  # size in the name of the cache file
     folder: str = ""  # that holds the photographs
-    check: Callable[[Path], None] | None = None  # raises before anything is locked where there is nothing to make
 
 
 SOURCES: dict[str, Source] = {
@@ -43,13 +42,10 @@ SOURCES: dict[str, Source] = {
     "cifar100": Source(torchvision_sets.load_cifar100),
     "stl10": Source(torchvision_sets.load_stl10),
     "tiny_imagenet": Source(tiny_imagenet.load_tiny_imagenet),
-    "camvid": Source(camvid.load_camvid, stored=(360, 480), check=camvid.check_camvid),
+    "camvid": Source(camvid.load_camvid, stored=(360, 480)),
     "oxford_pets": Source(torchvision_sets.load_oxford_pets, size=(128, 128), folder="oxford-iiit-pet"),
+    **{x: Source(partial(street.load_street, x), size=(128, 256), folder=x) for x in street.LAYOUTS},
 }
-for _name in street.LAYOUTS:
-    SOURCES[_name] = Source(
-        partial(street.load_street, _name), size=(128, 256), folder=_name, check=partial(street.check_street, _name)
-    )
 
 
 def register_source(name: str, loader: Loader, *, overwrite: bool = False) -> None:
@@ -231,8 +227,6 @@ def _resize(pool: Pool, size: tuple[int, int] | None) -> Pool:
 
 def _make_cache(name: str, folder: Path, source: Source, size: tuple[int, int] | None) -> Path:
     """Ask a source and write its cache, once even when several jobs start together."""
-    if source.check:
-        source.check(folder)
     path = cache.name_cache(folder, name, size if source.size else source.stored)
     with cache.lock(folder, name):
         if not path.is_file():  # another job may have written it while this one waited
@@ -263,14 +257,7 @@ def _load_scenes(style: str, size: int, n: int, seed: int, folder: Path | None) 
     path = folder / f"{style}-{size}px-{n}-seed{seed}-{hashlib.blake2b(code, digest_size=4).hexdigest()}.npz"
     if pool := read():
         return pool
-    try:
-        held = cache.lock(folder, path.stem)
-    except ValueError:  # a read-only data folder
-        return make()
-    with held:
-        if pool := read():  # another job drew them meanwhile
-            return pool
-        pool = make()
-        with contextlib.suppress(ValueError):  # disk full: the images are there all the same
-            cache.write_cache(path, pool.arrays)
-    return pool
+    with contextlib.suppress(ValueError), cache.lock(folder, path.stem):  # a read-only data folder or a full disk
+        pool = read() or make()  # another job may have drawn them meanwhile
+        cache.write_cache(path, pool.arrays)
+    return pool or make()

@@ -99,12 +99,6 @@ def read_mapillary_table(config: Path) -> np.ndarray:
     return table
 
 
-def check_street(name: str, root: Path) -> None:
-    """Say what has to be placed *before* anything is locked or written in the data folder."""
-    if not (Path(root) / name).is_dir():
-        raise _make_layout_error(name, root)
-
-
 def _make_layout_error(name: str, root: Path) -> FileNotFoundError:
     images, changes, config = LAYOUTS[name][0]
     images = images.format(split="{" + ",".join(SPLITS.get(name, ("train", "val"))) + "}")
