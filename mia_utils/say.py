@@ -95,6 +95,19 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
     return f"{lead}AUC {_auc(top)} with {label_of(top[by])}, {_auc(low)} with {label_of(low[by])}"
 
 
+def versus(table: pd.DataFrame, one: str, other: str, names: tuple[str, str]) -> str:
+    """Compare the mean rows of two queries: ``Own parts beat ..: AUC .96 against .55``, or that they do equally well."""
+    ends = ["auc", "auc_low", "auc_high"]
+    first, second = (attacks(table).query(query)[ends].mean() for query in (one, other))
+    if pd.isna(first["auc"]) or pd.isna(second["auc"]):
+        return f"{names[0]} against {names[1]}: not both in this profile"
+    if not _apart(first, second):
+        return f"{names[0]} and {names[1]} do equally well: AUC {_auc(first)} and {_auc(second)}"
+    if first["auc"] < second["auc"]:
+        first, second, names = second, first, names[::-1]
+    return f"{names[0]} beat {names[1]}: AUC {_auc(first)} against {_auc(second)}"
+
+
 def grows(table: pd.DataFrame, x: str = "checkpoint", unit: str = "epochs") -> str:
     """From which value on a leak is shown: ``MAE leaks from 150 epochs on; AUC .98 after 2,500``."""
     own = attacks(table).sort_values(x)

@@ -134,7 +134,7 @@ def name_targets(table: pd.DataFrame) -> pd.Series:
     ):
         same = table.groupby(names)
         several = (same["target"].transform("nunique") > 1) & (same[column].transform("nunique") > 1)
-        said = table[column].map(lambda v: label_of(v) if isinstance(v, str) else f"{v:,.0f}") + unit
+        said = table[column].map(lambda v: WORDS.get(v, v) if isinstance(v, str) else f"{v:,.0f}") + unit
         names = names.where(~several, names + ", " + said)
     return names
 
