@@ -1,0 +1,216 @@
+"""The page of a profile, ``figures/<profile>/index.html``, and the tables of ``docs/``: what a reader looks things up in.
+
+Everything is read from what other commands wrote: PNG files with their texts, the results table, the notebooks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from mia_utils import __version__, course, lab, paths
+from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
+from mia_utils.runner import parameters, profiles
+
+SUMMARY = (
+    "main",
+    "architectures",
+    "datasets",
+    "probes",
+    "calibration",
+    "defenses",
+    "output-defenses",
+    "segmenter-defenses",
+)
+UNKNOWN = {  # figures and tables of the papers whose content is not among our sources
+    "PartCrop": "Figures 1, 3 to 7, its tables",
+    "MIM": "its figures and tables by number",
+    "EncoderMI": "its figures and tables by number",
+    "Segmentations-Leak": "its figures and tables by number",
+}
+
+
+def summarize(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one line per attack on a target, its controls as columns.
+
+    Args:
+        table: ``lab.results``.
+
+    Returns:
+        DataFrame with words for readers: attack, target, data, N, T, augmentation, knowledge, decoder, defense, seeds,
+        AUC with interval, verdict, TPR at 1 % FPR, utility, and the AUC of each control.
+    """
+    table = table[table["seed"].isna() & table["study"].isin(SUMMARY) & (table["protocol"] == "controlled")]
+    facts = [c for c in ("attack", "target", "checkpoint", "knowledge", "shadow", "decoder", "reference", "defense",
+                         "strength", "attacker", "probes", "query_augmentation") if c in table]  # fmt: skip
+    lines = []
+    for _, part in table.groupby(facts, sort=False, dropna=False):
+        own = part[part["control"] == ""]
+        if own.empty:
+            continue
+        a = own.sort_values("n_seeds").iloc[-1]
+        controls = part[part["control"] != ""].drop_duplicates("control").set_index("control")["auc"]
+        defense = (
+            ""
+            if a["defense"] == "none"
+            else f"{label_of(a['defense'])} {'' if pd.isna(a['strength']) else a['strength']}".strip()
+        )
+        decoder = label_of(a["decoder"]) if a["attack"] == "mim" else ""
+        line = {
+            "attack": label_of(a["attack"]),
+            "target": name_target(a),
+            "data": label_of(a["dataset"]),
+            "N": a["n_train"],
+        }
+        line |= {"T": a["checkpoint"], "trained with": WORDS.get(a["augmentation"], a["augmentation"]), "knowledge": name_knowledge(a)}
+        line |= {
+            "decoder": decoder,
+            "defense": defense,
+            "attacker": a["attacker"] if defense else "",
+            "seeds": a["n_seeds"],
+        }
+        line |= {
+            "auc": a["auc"],
+            "AUC": format_interval(a["auc"], a["auc_low"], a["auc_high"]),
+            "verdict": a["verdict"],
+        }
+        line |= {"TPR at 1 % FPR": format_value(a["tpr_at_1"]), "utility": format_value(a["utility"])}
+        line |= {"untrained utility": format_value(a["utility_untrained"]), "queries": a["queries"]}
+        lines.append(line | {label_of(c): format_value(controls.get(c)) for c in ("no-model", "untrained", "permuted")})
+    return pd.DataFrame(lines).drop_duplicates(ignore_index=True)
+
+
+def name_target(row: Any) -> str:
+    """Name a target by its method, and its structure where that is not the book's ViT."""
+    arch = label_of(row["arch"])
+    return label_of(row["method"]) + ("" if arch == "ViT" or row["method"] in profiles.SEGMENTERS else f" ({arch})")
+
+
+def name_knowledge(row: Any) -> str:
+    """Say what the attacker knows: ``some members``, ``shadow: same data, encoder, training``."""
+    kind, _, same = str(row["knowledge"]).partition(":")
+    if kind != "shadow":
+        return "some members"
+    known = [word for letter, word in zip("PET", ("data", "encoder", "training"), strict=True) if letter in same]
+    return "shadow: " + (f"same {', '.join(known)}" if known else "nothing shared")
+
+
+def read_figures(profile: str) -> list[dict[str, Any]]:
+    """Return what is known of every figure of a profile: name, title, paper, *Here:* line, how to read it, CSV."""
+    from PIL import Image  # slow to import beside jinja2
+
+    texts, figures = _read_readings(), []
+    for path in sorted(paths.get_figures_dir(profile).glob("fig*.png")):
+        with Image.open(path) as image:
+            info = image.info | {"width": image.width, "height": image.height}
+        entry = {"name": path.stem, "file": path.name, "chapter": path.stem[3:5], "csv": path.with_suffix(".csv").name}
+        entry |= {key.lower(): info.get(key, "") for key in ("Title", "Paper", "Caption", "Here")}
+        figures.append(entry | {"read": texts.get(path.stem, ""), "width": info["width"], "height": info["height"]})
+    return figures
+
+
+def _read_readings() -> dict[str, str]:
+    """Figure -> the paragraph of its notebook that says how to read it."""
+    found = {}
+    for path in parameters.find_notebooks().values():
+        waiting: list[str] = []
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code":
+                waiting += re.findall(r"name=\"(fig\d\d_\w+)\"", source)
+            elif match := re.search(r"\*\*How to read (?:it|them)\*\*:?\s*(.+?)(?:\n\n|$)", source, flags=re.S):
+                found |= dict.fromkeys(waiting, re.sub(r"[*`$]", "", " ".join(match.group(1).split())))
+                waiting = []
+    return found
+
+
+def read_chapters() -> list[dict[str, str]]:
+    """Return number and title question of every notebook."""
+    chapters = []
+    for name, path in parameters.find_notebooks().items():
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0]
+        chapters.append({"number": name[:2], "name": name, "title": first.lstrip("# ").partition("· ")[2]})
+    return chapters
+
+
+def list_catalog(figures: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return which item of which paper each figure regenerates, as the figures themselves say."""
+    rows = [
+        (*map(str.strip, item.split(":", 1)), f["name"])
+        for f in figures
+        if f["paper"]
+        for item in f["paper"].split(";")
+    ]
+    rows += [(paper, f"content not among our sources: {what}", "") for paper, what in UNKNOWN.items()]
+    return pd.DataFrame(rows, columns=["paper", "item", "figure"]).sort_values(
+        "paper", kind="stable", ignore_index=True
+    )
+
+
+def write(profile: str) -> Path:
+    """Write ``index.html`` of a profile, its summary as CSV, and for ``photos`` the tables of ``docs/``; returns the page."""
+    results = lab.open(profile).results
+    folder, summary, figures = paths.get_figures_dir(profile), summarize(results), read_figures(profile)
+    controls = course.judge_controls(results) if len(results) else pd.DataFrame()
+    text = summary.drop(columns="auc", errors="ignore").to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    paths.write_atomic(folder / "08_summary.csv", lambda file: file.write(text.encode()))
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("mia_utils", "."), autoescape=True, trim_blocks=True)
+    page = environment.get_template("page.html").render(
+        profile=profile, version=__version__, figures=figures, chapters=read_chapters(), summary=summary.to_dict("records"),
+        columns=[c for c in summary if c != "auc"], catalog=list_catalog(figures).to_dict("records"), controls=say_controls(controls),
+    )  # fmt: skip
+    path = paths.write_atomic(folder / "index.html", lambda file: file.write(page.encode()))
+    if profile == "photos":
+        write_tables(summary, figures, controls)
+    return path
+
+
+def say_controls(controls: pd.DataFrame) -> str:
+    """Say how the controls came out, and the smallest AUC that this rule would have rejected in each family."""
+    if controls.empty:
+        return "No control was run."
+    bars = (
+        controls.groupby("family", sort=False)["rejects_above"].median().dropna() if "rejects_above" in controls else {}
+    )
+    said = "; ".join(f"{label_of(family)}: {format_value(bar)}" for family, bar in dict(bars).items())
+    n = int(controls["rejected"].sum())
+    text = f"{len(controls)} distinct control rows, {n or 'none'} rejected (Holm at .01 in each family)."
+    return text + (f" Smallest AUC that would have been rejected (median): {said}." if said else "")
+
+
+def write_tables(summary: pd.DataFrame, figures: list[dict[str, Any]], controls: pd.DataFrame) -> None:
+    """Write ``docs/results.md``, ``catalog.md``, ``benchmarks.md`` and ``times.md``."""
+    docs = profiles.find_source("docs")
+    columns = ["attack", "target", "data", "N", "T", "trained with", "knowledge", "defense", "seeds", "AUC", "verdict",
+               "TPR at 1 % FPR", "utility", "untrained utility", "no model", "untrained model", "permuted labels"]  # fmt: skip
+    pages = {"results": ("Results of profile photos", f"{say_controls(controls)}\n\n{to_markdown(summary[columns])}")}
+    pages["catalog"] = ("Figures and tables of the four papers", to_markdown(list_catalog(figures)))
+    timed = profiles.find_source("docs", "times.csv")
+    pages["times"] = (
+        "Measured times",
+        to_markdown(pd.read_csv(timed, dtype=str).fillna("")) if timed.is_file() else "",
+    )
+    folder, parts = profiles.find_source("benchmarks", "results"), []
+    for path in sorted(folder.glob("*.csv")):
+        frame = pd.read_csv(path)
+        kept = [c for c in frame if frame[c].notna().any() and c not in ("commit", "versions", "date")]
+        parts.append(f"## {path.stem.replace('_', ' ')}\n\n{to_markdown(frame[kept])}")
+    pages["benchmarks"] = ("Benchmarks", "\n\n".join(parts))
+    for name, (title, text) in pages.items():
+        content = f"<!-- written by ./run_all.sh replay -->\n\n# {title}\n\n{text}\n"
+        paths.write_atomic(docs / f"{name}.md", lambda file, content=content: file.write(content.encode()))
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """Return a table as Markdown, numbers with few digits."""
+    plain = table.copy()
+    for name in plain.select_dtypes("number"):
+        plain[name] = [("" if pd.isna(v) else f"{v:,.4g}" if v % 1 else f"{v:,.0f}") for v in plain[name]]
+    return (
+        plain.fillna("").astype(str).replace({r"\|": "/"}, regex=True).to_markdown(index=False, disable_numparse=True)
+    )
