@@ -80,7 +80,17 @@ def execute(plan: Plan, command: list[str]) -> int:
             return 130
         finally:
             signal.signal(signal.SIGTERM, previous)
-    return echo.finish(engine.returncode)
+    code = echo.finish(engine.returncode)
+    gathered = gather(plan.profile.name)
+    print_page(plan.profile.name)
+    return code or gathered
+
+
+def gather(profile: str) -> int:
+    """Pack what the notebooks saved and write the page; returns the exit code."""
+    # a process of its own: it stands above the lab, which this does not know
+    command = [sys.executable, "-m", "mia_utils.replay", profile, "--gather"]
+    return subprocess.run(command, env=jobs.set_threads(dict(os.environ), 1)).returncode
 
 
 def _raise_interrupt(*_: object) -> None:
@@ -235,11 +245,10 @@ class Echo:
             lost = ", ".join(sorted(self.pending)) or "nothing"
             last = jobs.get_last_line(log)
             print(f"failed: the engine stopped ({last}), not run: {lost}; log {os.path.relpath(log)}")
-        print_page(self.plan.profile.name)
         return 1 if engine_code or failed or self.waiting else 0
 
 
 def print_page(profile: str) -> None:
     """Print the path of the page with all figures: the last line of a run."""
     page = paths.get_figures_dir(profile) / "index.html"
-    print(os.path.relpath(page) + ("" if page.exists() else " (not there yet: notebook 08 writes it)"), flush=True)
+    print(os.path.relpath(page) + ("" if page.exists() else " (not written)"), flush=True)
