@@ -51,7 +51,8 @@ def shown(table: pd.DataFrame, by: str = "method", subject: str = "") -> str:
         )
     if len(join(yes + no)) > 48:
         return f"{subject}: leaks shown on {len(yes)} of {len(names)} targets"
-    return f"{subject} finds members of {join(yes)}" + (f", not of {join(no)}" if no else "")
+    verb = "find" if " and " in subject else "finds"
+    return f"{subject} {verb} members of {join(yes)}" + (f", not of {join(no)}" if no else "")
 
 
 def best(table: pd.DataFrame, by: str = "attack") -> str:
@@ -67,6 +68,18 @@ def best(table: pd.DataFrame, by: str = "attack") -> str:
     if _apart(first, second):
         return f"{label_of(first[by])} is ahead: AUC {_auc(first)}; next {label_of(second[by])} {_auc(second)}"
     return f"{label_of(first[by])} and {label_of(second[by])} lead together: AUC {_auc(first)} and {_auc(second)}"
+
+
+def found(table: pd.DataFrame, by: str = "method") -> str:
+    """How many members are found at the lowest false positive rate that can be measured, best and worst of ``by``."""
+    own = attacks(table)
+    rate = next((n for n in (1, 10) if f"tpr_at_{n}" in own and own[f"tpr_at_{n}"].notna().any()), 0)
+    if not rate:
+        return "Too few non-members to say how many members are found at a low false positive rate"
+    name = f"tpr_at_{rate}"
+    top, low = own.loc[own[name].idxmax()], own.loc[own[name].idxmin()]
+    first = f"At {rate} % FPR {format_value(top[name])} of the members are found: {label_of(top[by])}"
+    return first if top[by] == low[by] else f"{first}; {format_value(low[name])}: {label_of(low[by])}"
 
 
 def plateau(table: pd.DataFrame, x: str, unit: str = "", more: str = "") -> str:
@@ -96,7 +109,7 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
 
 
 def versus(table: pd.DataFrame, one: str, other: str, names: tuple[str, str]) -> str:
-    """Compare the mean rows of two queries: ``Own parts beat ..: AUC .96 against .55``, or that they do equally well."""
+    """Compare the mean rows of two queries: ``Own parts beat random vectors: AUC .96 against .55``, or both do equally."""
     ends = ["auc", "auc_low", "auc_high"]
     first, second = (attacks(table).query(query)[ends].mean() for query in (one, other))
     if pd.isna(first["auc"]) or pd.isna(second["auc"]):

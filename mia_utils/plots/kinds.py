@@ -90,21 +90,21 @@ def _limits(table: pd.DataFrame) -> tuple[float, float]:
     return max(0.0, min(0.42, np.nanmin(values) - 0.02)), min(1.02, max(0.62, np.nanmax(values) + 0.03))
 
 
-def draw_legend(fig: Figure, table: pd.DataFrame, *, marks: str, extra: Sequence[Line2D] = ()) -> None:
-    """One legend under the panels with the marks that are drawn: ``"line"`` or ``"dot"``."""
+def draw_legend(fig: Figure, table: pd.DataFrame, *, marks: str, chance: bool = True) -> None:
+    """One legend under the panels with the marks that are drawn: ``"dot"``, ``"line"``, ``"curve"`` (no markers)."""
     handles = []
     for attack in dict.fromkeys(table.loc[table["control"] == "", "attack"]):
-        style = dict(linestyle="-", marker="" if marks == "line" else "o")
+        style = dict(linestyle="-", marker="o" if marks == "dot" else "")
         handles.append(Line2D([], [], color=color_of(attack), label=label_of(attack), **style))
     for control in dict.fromkeys(table.loc[table["control"] != "", "control"]):
         label, color, marker, dash = CONTROLS[control]
-        style = dict(linestyle=dash if marks == "line" else "-", marker=marker, markersize=3.5)
-        handles.append(Line2D([], [], color=color, label=label, linewidth=1.0, **style))
-    handles += extra
+        style = dict(linestyle="-" if marks == "dot" else dash, marker="" if marks == "curve" else marker)
+        handles.append(Line2D([], [], color=color, label=label, linewidth=1.0, markersize=3.5, **style))
     if "seed" in table and table["seed"].nunique() > 1:
-        seed = dict(linewidth=0.5) if marks == "line" else dict(linestyle="none", marker=".", markersize=3)
+        seed = dict(linestyle="none", marker=".", markersize=3) if marks == "dot" else dict(linewidth=0.5)
         handles.append(Line2D([], [], color="#777777", label="one seed each", **seed))
-    handles.append(Line2D([], [], color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), label="chance"))
+    if chance:
+        handles.append(Line2D([], [], color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), label="chance"))
     with mpl.rc_context(STYLE):
         per_row = max(2, int(fig.get_size_inches()[0] / 1.25))
         fig.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), per_row), handlelength=2.4)
@@ -133,11 +133,11 @@ def sweep(
     data["x"] = data["x"].astype(float)
     fig, panels = make_panels(data, height=2.3, sharey=True)
     with mpl.rc_context(STYLE):
-        for i, (ax, part) in enumerate(panels):
+        for ax, part in panels:
             _draw_sweep(ax, part, log=log, chance=chance)
             ax.set(xlabel=xlabel or str(x), ylabel=ylabel if ax.get_subplotspec().is_first_col() else "")
             ax.set_ylim(ylim or (_limits(data) if chance == 0.5 else None))
-    draw_legend(fig, data, marks="line")
+    draw_legend(fig, data, marks="line", chance=chance is not None)
     return finish(fig, data, title=make_title(title, table), **named)
 
 
@@ -201,7 +201,7 @@ def dots(
         for ax, part in panels:
             _draw_dots(ax, part, chance=chance)
             ax.set(xlabel=xlabel, xlim=xlim or (_limits(data) if chance == 0.5 else None))
-    draw_legend(fig, data, marks="dot")
+    draw_legend(fig, data, marks="dot", chance=chance is not None)
     return finish(fig, data, title=make_title(title, table), **named)
 
 
@@ -250,7 +250,7 @@ def matrix(
     ylabel: str = "",
     **named: Any,
 ) -> Drawn:
-    """Draw a matrix of values with their intervals in the cells, on a scale that diverges at .5; missing cells hatched.
+    """Draw a matrix of values with their intervals in the cells, colors diverging at .5; missing cells hatched, reversed ones named.
 
     Args:
         table: rows of ``lab.results``; rows and columns stand in the order of first appearance, controls last.
@@ -265,7 +265,7 @@ def matrix(
     cells = data.drop_duplicates(["row", "column"]).set_index(["row", "column"])
     wide = lambda name: cells[name].unstack("column").reindex(index=rows, columns=columns)  # noqa: E731
     values = wide("value")
-    low, high = wide("low"), wide("high")
+    low, high, verdict = wide("low"), wide("high"), wide("verdict") if "verdict" in cells else None
     text = values.copy().astype(object)
     for r in rows:
         for c in columns:
@@ -274,7 +274,8 @@ def matrix(
                 if np.isfinite(low.loc[r, c])
                 else ""
             )
-            text.loc[r, c] = format_value(values.loc[r, c]) + span
+            said = "\nreversed" if verdict is not None and verdict.loc[r, c] == "reversed" else ""
+            text.loc[r, c] = format_value(values.loc[r, c]) + span + said
     width = min(FULL, 1.9 + 0.95 * len(columns))
     fig, axes = make_figure(width=max(width, 3.4), height=0.45 * len(rows) + 1.3)
     ax = axes[0, 0]

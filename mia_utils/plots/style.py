@@ -79,7 +79,7 @@ WORDS = {  # what columns hold, as a reader calls it
     "partial": "knows some members", "adaptive": "adaptive", "static": "static", "parts": "own parts", "random": "random vectors",
     "other-image": "another image's tokens", "vit_nano_patch8_32": "small ViT", "vit_micro_patch8_32": "ViT",
     "vit_small_patch8_32": "ViT", "vit_small_patch8_64": "ViT", "resnet_thin_32": "ResNet", "resnet18_32": "ResNet-18",
-    "swin_thin_32": "Swin", "512-256-128": "512-256-128 (the paper's)",
+    "swin_thin_32": "Swin",
 }  # fmt: skip
 
 STYLE: dict[str, Any] = {
