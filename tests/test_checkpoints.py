@@ -327,10 +327,25 @@ def test_what_cant_be_read_stops_with_the_way_out(tmp_path):
                 "transformer.resblocks.0.ln_1.weight": torch.zeros(192), "positional_embedding": torch.zeros(17, 192)},
                tmp_path / "clip.pt")  # fmt: skip
     (tmp_path / "nothing").mkdir()
+    whole = (tmp_path / "linear.pth").read_bytes()
+    for name, content in {"cut.pth": whole[:-40], "zero.pth": bytes(len(whole)), "void.pth": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({key: value * 0 for key, value in STATE.items()}, tmp_path / "zeros.pth")
+    for name, index in {"up": {"a": "../x.safetensors"}, "self": {"a": "self.index.json"}, "no": 3}.items():
+        (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "list.index.json").write_text("[1]")
     write_folder(tmp_path / "quick", to_transformers(STATE), hidden_act="quick_gelu")
     for name, message in {
         "module.pt": r"holds timm.*VisionTransformer: refused.*model.state_dict\(\)",
         "script.pt": r"TorchScript.*torch.jit.load\('script.pt'\), then encoders.wrap",
+        "cut.pth": "can't be read: refused",
+        "zero.pth": "can't be read: refused",
+        "void.pth": "can't be read: refused",
+        "zeros.pth": "embeddings are not finite, do not repeat or do not depend on the image",
+        "up.index.json": "names no shards in its own folder",
+        "self.index.json": "names no shards in its own folder",
+        "no.index.json": "names no shards in its own folder",
+        "list.index.json": "expected a JSON object, got list",
         "linear.pth": "can't tell the architecture .first weight a.weight.: give arch=",
         "empty.pth": "holds no tensors",
         "more.pth": "does not fit vit_192x2.*blocks.0.gate.weight: expected nothing",
@@ -341,6 +356,28 @@ def test_what_cant_be_read_stops_with_the_way_out(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as info:
             encoders.open(tmp_path / name)
         assert "\n" not in str(info.value)
+
+
+def test_a_clip_tower_opens_where_its_architecture_is_given(tmp_path):
+    settings = dict(embed_dim=64, depth=2, num_heads=2)
+    module = timm.create_model("vit_base_patch32_clip_224", img_size=64, num_classes=0, global_pool="", **settings)
+    module.eval()
+    swaps = {
+        "patch_embed.proj.": "conv1.", "norm_pre.": "ln_pre.", "blocks.": "transformer.resblocks.", "norm1.": "ln_1.",
+        "norm2.": "ln_2.", "attn.qkv.": "attn.in_proj_", "attn.proj.": "attn.out_proj.", "mlp.fc1.": "mlp.c_fc.",
+        "mlp.fc2.": "mlp.c_proj.", "norm.": "ln_post.", "cls_token": "class_embedding",
+        "pos_embed": "positional_embedding",
+    }  # fmt: skip
+    state = {}
+    for key, value in module.state_dict().items():
+        for ours, theirs in swaps.items():
+            key = key.replace(ours, theirs)
+        state[f"visual.{key}"] = value.squeeze(0).squeeze(0) if value.ndim == 3 else value
+    torch.save(state, tmp_path / "clip.pt")
+    encoder = encoders.open(tmp_path / "clip.pt", arch="vit_base_patch32_clip_224", arch_args=settings, size=64)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(module.forward_features(encoder._prepare(images))[:, 1:], encoder.tokens(images))
 
 
 def test_facts_print_as_a_table():

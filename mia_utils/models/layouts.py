@@ -126,7 +126,7 @@ def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         named["reg_token"] = named.pop("register_tokens")
         named["cls_token"] = named["cls_token"] + named["pos_embed"][:, :1]
         named["pos_embed"] = named["pos_embed"][:, 1:]
-    return {key: value for key, value in named.items() if not key.endswith("relative_position_index")}, layout
+    return {k: v for k, v in named.items() if not k.endswith(("relative_position_index", "attn_mask"))}, layout
 
 
 def tell_method(keys: Iterable[str], prefix: str) -> str | None:

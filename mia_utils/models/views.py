@@ -31,11 +31,8 @@ def _draw_tries(rng: np.random.Generator, n: int, scale: Range, ratio: Range) ->
 def _place_boxes(share: np.ndarray, log_ratio: np.ndarray, shift: np.ndarray, height: int, width: int, ratio: Range):
     """Place boxes by torchvision's RandomResizedCrop rule: the first of ten tries that fits, or the central crop.
 
-    Args:
-        share, log_ratio: (n, 10) area as a share of the image's, and log of width / height, of each try.
-        shift: (n, 2) place of the box from top (left) 0 to bottom (right) 1.
-
-    Returns (n, 4) int64 top, left, height, width.
+    ``share`` of the area and ``log_ratio`` of width to height are (n, 10), one of each try; ``shift`` (n, 2) is the
+    place of the box from top (left) 0 to bottom (right) 1. Returns (n, 4) int64 top, left, height, width.
     """
     for n_tries in (1, share.shape[1]):  # small boxes always fit at once
         area, aspect = height * width * share[:, :n_tries], np.exp(log_ratio[:, :n_tries])
@@ -66,7 +63,7 @@ def draw_boxes(
         n: boxes per image (K).
         height, width: size of the images in pixels.
         scale, ratio: ranges of the box area as a share of the image's, and of width / height.
-        seed, stream: base seed and stream name, for example ``"partcrop"``.
+        seed, stream: base seed and stream name.
 
     Returns:
         boxes (N, K, 4) int64 as top, left, height, width, and flips (N, K) bool (probability 0.5).
@@ -134,9 +131,8 @@ def resized_crop(
 
     Args:
         images: (N, 3, H, W) uint8, or float in [0, 1].
-        boxes: (N, K, 4) int64 top, left, height, width.
+        boxes, flips: (N, K, 4) int64 top, left, height, width; (N, K) bool, mirrored left to right.
         size: side of the square output in pixels.
-        flips: (N, K) bool, mirror these crops left to right.
         rounded: round to 1/255 between the passes and at the end, as uint8 pipelines do (training skips it).
 
     Returns:
@@ -222,7 +218,7 @@ def make_views(
 
     Args:
         images: (N, 3, H, W) uint8, or float in [0, 1].
-        image_ids: N ids that key the random views.
+        image_ids: N ids that key them.
         view: ``"resize"`` (deterministic; the same for members and non-members) or ``"random_resized_crop"``
             (scale (0.2, 1) and flip: what the released PartCrop code gives members only).
         size, seed, stream: side of the output in pixels, base seed and stream name.
@@ -238,8 +234,7 @@ def make_views(
     return resized_crop(images, boxes, size, flips=flips)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------- training views
-
+# probabilities, and the range of the area of a crop; the same in training and in queries
 AUGMENTATIONS = {
     "none": {},
     "flip": {"flip": 0.5},
@@ -253,7 +248,7 @@ AUGMENTATIONS = {
 
 
 def parse_augmentation(name: str) -> dict:
-    """Turn an augmentation name into its settings: a name of ``AUGMENTATIONS`` or ``crop:LOW-HIGH``."""
+    """Settings of an augmentation: a name of ``AUGMENTATIONS`` or ``crop:LOW-HIGH``."""
     if name.startswith("crop:"):
         try:
             low, high = (float(part) for part in name[5:].split("-"))
@@ -321,7 +316,7 @@ def augment(
     Args:
         images: (B, 3, H, W) uint8.
         size: side of the output in pixels.
-        rng: numpy generator of this step (keyed by seed and step, so a resumed run repeats it).
+        rng: of this step (keyed by seed and step, so a resumed run repeats it).
         scale: area range of the random resized crop; None: no crop.
         chances: probabilities of flip, jitter, gray, blur, solarize per image.
 
@@ -379,11 +374,8 @@ def _apply(
 ) -> Tensor:  # fmt: skip
     """Apply draws to a batch: K views of each of B images, in the order of the images, (B K, 3, size, size).
 
-    Args:
-        images: (B, 3, H, W) uint8.
-        boxes: (B, K, 4) crops; None: the whole image.
-        chance: (B, K, 11) uniform in [0, 1), on the CPU: flip, jitter, its 4 factors, gray, blur, its width, solarize,
-            unused.
+    ``boxes`` are (B, K, 4) crops, None: the whole image; ``chance`` (B, K, 11) is uniform in [0, 1), on the CPU: flip,
+    jitter, its 4 factors, gray, blur, its width, solarize, unused.
     """
     (b, _, height, width), k = images.shape, chance.shape[1]
     mirrored = chance[:, :, 0] < flip
