@@ -7,7 +7,7 @@ Columns may also be given as functions of the table: ``panel=lambda t: ...``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
