@@ -43,7 +43,9 @@ class Attacker:
         knowledge: ``"partial"`` (the membership of the images outside the scored fold) or ``"shadow"``.
         shadow: model that stands in for the target; None with shadow knowledge: ``lab.shadow_of(target)``.
         share: share of the attack-training images whose membership is known.
-        reference: model of role ``reference`` that calibrates the score.
+        reference: model of role ``reference`` whose distance is subtracted (``mim``: ``alpha`` times), or a list of
+            models, by which any score is calibrated (the mean log ratio; ``attacks.reference``).
+        reference_checkpoint: epoch of the references: the target's, or calibration is spoiled; None: their end.
         decoder: ``"own"`` is the target's decoder; ``"attacker"`` one trained over the frozen encoder on other images.
         decoder_epochs: of the attacker's decoder, at most those of the target.
         attacker: ``"adaptive"`` learned from defended outputs, ``"static"`` before there was a defense.
@@ -52,7 +54,8 @@ class Attacker:
     knowledge: str = "partial"
     shadow: str | None = None
     share: float = 1.0
-    reference: str | None = None
+    reference: str | list[str] | None = None
+    reference_checkpoint: int | None = None
     decoder: str = "own"
     decoder_epochs: int = 200
     attacker: str = "adaptive"
@@ -89,7 +92,7 @@ class Call:
     @property
     def models(self) -> list[str]:
         """Models it queries, the target first."""
-        used = [self.row.id, self.shadow, self.attacker.reference, self.plain, self.plain_shadow]
+        used = [self.row.id, self.shadow, *_as_names(self.attacker.reference), self.plain, self.plain_shadow]
         return list(dict.fromkeys(name for name in used if name))
 
     @property
@@ -100,6 +103,7 @@ class Call:
         spec |= dict(protocol=self.protocol, epoch=self.checkpoint, known_share=who.share)
         spec |= dict(n_nonmembers=self.n_nonmembers, params=self.params)
         spec |= {"reference": who.reference} if who.reference is not None else {}
+        spec |= {"reference_epoch": who.reference_checkpoint} if who.reference and who.reference_checkpoint else {}
         spec |= {"decoder": who.decoder} if who.decoder != "own" else {}
         spec |= {"decoder_epochs": who.decoder_epochs} if who.decoder != "own" and who.decoder_epochs != 200 else {}
         spec |= {"shadow_epoch": self.shadow_checkpoint} if self.shadow_checkpoint is not None else {}
@@ -139,6 +143,9 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
     from mia_utils import attacks  # imports torch, which cached results do not need
     from mia_utils.protocol import splits
 
+    if call.attack not in attacks.ATTACKS:
+        raise ValueError(f"unknown attack {call.attack!r}: expected one of {', '.join(attacks.ATTACKS)}")
+
     row, seed = call.row, call.row.seed
     pool, split = lab.pool(row.dataset), lab.split(row.id)
     lab.model(row.id)
@@ -158,6 +165,8 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
             return model
         return defend(model, defense=call.target.defense, strength=call.target.strength, seed=stream)
 
+    who = call.attacker
+    references = [query(name, who.reference_checkpoint) for name in _as_names(who.reference)]
     learned = (query(call.plain, None), query(call.plain_shadow, None)) if call.plain else None
     return attacks.evaluate(
         call.attack,
@@ -166,7 +175,7 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
         split,
         knowledge=call.knowledge,
         shadow=query(call.shadow, call.shadow_checkpoint, seeds.derive(seed, "shadow")),
-        reference=query(call.attacker.reference, None),
+        reference=references if isinstance(who.reference, list | tuple) else next(iter(references), None),
         untrained=query(row.id, 0, seed) if controls else None,
         protocol=call.protocol,
         seed=seed,
@@ -190,7 +199,10 @@ def describe(lab: Lab, call: Call) -> dict[str, Any]:
     facts |= dict(checkpoint=checkpoint, subsample=call.n_nonmembers, shadow=results.drop_seed(call.shadow, row.seed))
     facts |= dict(shadow_method=other and other.method, shadow_dataset=other and other.dataset)
     facts |= dict(shadow_checkpoint=call.shadow_checkpoint, known_share=who.share, decoder=who.decoder)
-    facts |= dict(reference=results.drop_seed(who.reference, row.seed), train_seconds=run.seconds)
+    names = [results.drop_seed(name, row.seed) for name in _as_names(who.reference)]
+    facts |= dict(reference=", ".join(names) or None, train_seconds=run.seconds)
+    facts |= dict(reference_checkpoint=who.reference_checkpoint if names else None)
+    facts |= dict(calibration="log-ratio" if isinstance(who.reference, list | tuple) else None)
     facts |= dict(defense=what.defense or row.defense, attacker=who.attacker if defended else "static")
     facts |= dict(strength=row.strength if what.defense is None else what.strength)
     utility = lab.measure(row.id, defense=what.defense, strength=what.strength) if what.defense else run.utility
@@ -228,6 +240,10 @@ def compare(row: Row, shadow: Row) -> str:
 def get_options(row: Row, *without: str | None) -> dict[str, Any]:
     """Options of a model that change its training, but those named."""
     return {k: v for k, v in row.options.items() if k not in ("checkpoints", *without)}
+
+
+def _as_names(models: str | list[str] | None) -> list[str]:
+    return [models] if isinstance(models, str) else list(models or [])
 
 
 def defend(model: Any, *, defense: str | None, strength: float | None, seed: int) -> Any:

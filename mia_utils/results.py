@@ -26,8 +26,8 @@ from mia_utils.protocol.result import Result
 # what an experiment is; attack parameters (n_crops, n_masks, query_augmentation ...) join them
 FACTS = (
     "attack control target role method arch dataset n_train epochs augmentation checkpoint knowledge shadow "
-    "shadow_method shadow_dataset shadow_checkpoint protocol known_share subsample decoder reference defense strength "
-    "attacker"
+    "shadow_method shadow_dataset shadow_checkpoint protocol known_share subsample decoder reference "
+    "reference_checkpoint calibration defense strength attacker"
 ).split()
 RATES = {0.1: "tpr_at_10", 0.01: "tpr_at_1", 0.001: "tpr_at_01"}  # TPR at 10, 1 and .1 % FPR
 MEANS = ("utility utility_untrained knn miou miou_members train_seconds queries").split()  # over seeds
@@ -43,6 +43,7 @@ PARAMETERS = {  # attack parameters whose plain name says something else about t
     "lr": "attacker_lr",
     "augmentation": "query_augmentation",
     "network": "attacker_network",
+    "p": "norm",
 }
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError)
 

@@ -1,0 +1,254 @@
+"""The lab: evaluations are computed once, found again, redone when what they rest on changed, and make one table."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mia_utils import lab as labs
+from mia_utils import paths
+from mia_utils.runner import artifacts
+
+PROFILE = """
+name: tiny
+first: mae-target-s0
+datasets: {scenes: {size: 32, n: 260}}
+split: {n_nonmembers: 100, n_shadow_nonmembers: 40}
+defaults: {arch: vit_nano_patch8_32, dataset: scenes, n_train: 24, epochs: 4, method: mae}
+models:
+  - {id: mae-target-s0, role: target}
+  - {id: mae-shadow-s0, role: shadow}
+  - {id: simclr-shadow-s0, role: shadow, method: simclr, augmentation: simclr-weak, epochs: 2}
+"""
+FEW = dict(n_crops=4, epochs=2, study="main")  # epochs of the attacker
+
+
+@pytest.fixture(scope="module")
+def lab_home(tmp_path_factory):
+    """A working folder with three trained models, made once."""
+    folder = tmp_path_factory.mktemp("a lab")
+    (folder / "profiles").mkdir()
+    (folder / "profiles" / "tiny.yaml").write_text(PROFILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIA_HOME", str(folder))
+        patch.delenv("MIA_DATA_DIR", raising=False)
+        lab = labs.open("tiny")
+        for row in lab.models():
+            lab.model(row.id, train_missing=True)
+    return folder
+
+
+@pytest.fixture
+def lab(lab_home, monkeypatch):
+    monkeypatch.setenv("MIA_HOME", str(lab_home))
+    monkeypatch.delenv("MIA_DATA_DIR", raising=False)
+    for name in ("scores", "results"):
+        shutil.rmtree(lab_home / "data" / name, ignore_errors=True)
+    return labs.open("tiny")
+
+
+def own(lab):
+    return lab.results[lab.results["control"] == ""]
+
+
+def score(lab, row=0):
+    return lab.scores(own(lab).iloc[row])[0]
+
+
+def test_an_evaluation_is_saved_and_found_by_another_lab(lab):
+    table = lab.run("partcrop", "mae-target-s0", **FEW)
+    (path,) = paths.get_scores_dir("tiny").glob("*.npz")
+    written, first = path.stat().st_mtime_ns, score(lab).score
+    other = labs.open("tiny")
+    other.run("partcrop", "mae-target-s0", **FEW)
+    assert path.stat().st_mtime_ns == written and np.array_equal(score(other).score, first)
+    assert set(other.results["control"]) == {"", "no-model", "untrained", "permuted"}
+    row = table.iloc[0]
+    assert (row["target"], row["method"], row["n_train"], row["knowledge"]) == ("mae-target", "mae", 24, "partial")
+    assert row["auc_low"] <= row["auc"] <= row["auc_high"] and row["verdict"] in ("shown", "not shown", "reversed")
+
+
+def test_found_results_and_the_table_import_no_torch(lab):
+    lab.run("lpla", "mae-target-s0", study="main")
+    code = "import sys; from mia_utils import lab; l = lab.open('tiny'); l.run('lpla', 'mae-target-s0', study='main'); "
+    code += "assert len(l.results) and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_saved_scores_hold_no_pixels(lab):
+    lab.run("partcrop", "mae-target-s0", **FEW)
+    (path,) = paths.get_scores_dir("tiny").glob("*.npz")
+    with np.load(path, allow_pickle=False) as file:
+        assert all(file[name].ndim <= 1 for name in file.files)
+
+
+def test_lists_are_swept_and_the_first_setting_pays_for_the_controls(lab):
+    table = lab.run("lpla", "mae-target-s0", p=[1.0, 2.0], checkpoint=[1, None], study="norms")
+    assert sorted(zip(table["norm"], table["checkpoint"], strict=True)) == [(1, 1), (1, 4), (2, 1), (2, 4)]
+    assert (lab.results["control"] == "untrained").sum() == 1
+    lab.run(["lpla", "encodermi-t"], lab.target("mae-target-s0", defense="noise", strength=[0.0, 1.0]), study="noise")
+    assert len(own(lab).query("study == 'noise'")) == 4
+
+
+def test_one_evaluation_stands_in_every_study_that_uses_it_and_a_study_starts_anew(lab):
+    lab.run("lpla", "mae-target-s0", study="main")
+    lab.run("lpla", "mae-target-s0", study="other")
+    assert len(list(paths.get_scores_dir("tiny").glob("*.npz"))) == 1 and set(own(lab)["study"]) == {"main", "other"}
+    again = labs.open("tiny")  # the notebook runs again, with another setting
+    again.run("lpla", "mae-target-s0", n_nonmembers=60, study="other")
+    rows = own(again).query("study == 'other'")
+    assert len(rows) == 1 and rows["n_nonmembers"].iloc[0] == 60 and rows["n_members"].iloc[0] == 24
+
+
+def test_controls_are_added_later(lab):
+    lab.run("partcrop", "mae-target-s0", controls=False, **FEW)
+    assert set(lab.results["control"]) == {""}
+    lab.run("partcrop", "mae-target-s0", **FEW)
+    assert len(lab.results) == 4
+
+
+def test_scores_of_another_recipe_or_model_are_computed_again(lab, monkeypatch):
+    lab.run("lpla", "mae-target-s0", study="main")
+    old = own(lab)["key"].iloc[0]
+    monkeypatch.setitem(artifacts.RECIPES, "scores", 99)
+    again = labs.open("tiny")
+    again.run("lpla", "mae-target-s0", study="main")
+    assert list(own(again)["key"]) != [old]
+
+
+def test_packed_results_are_the_same_table_and_the_same_bytes(lab):
+    lab.run("partcrop", "mae-target-s0", **FEW)
+    before, scores = lab.results, score(lab)
+    archive = lab.store.pack()
+    content = archive.read_bytes()
+    assert lab.store.pack().read_bytes() == content
+    shutil.rmtree(paths.get_scores_dir("tiny"))
+    packed = labs.open("tiny")
+    assert packed.results[list(before)].astype(str).equals(before.astype(str))
+    assert np.array_equal(score(packed).score, scores.score)
+    packed.run("partcrop", "mae-target-s0", **FEW)  # found in the archive
+    assert not list(paths.get_scores_dir("tiny").glob("*.npz"))
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("how", ["flip", "cut", "empty"])
+def test_a_damaged_score_file_gives_the_same_numbers_or_one_line(lab, place, how, capsys):
+    lab.run("lpla", "mae-target-s0", study="main")
+    want = own(lab)["auc"].iloc[0]
+    (path,) = paths.get_scores_dir("tiny").glob("*.npz")
+    content = bytearray(path.read_bytes())
+    at = int(len(content) * place)
+    content[at] ^= 0xFF
+    path.write_bytes({"flip": bytes(content), "cut": bytes(content[:at]), "empty": b""}[how])
+    again = labs.open("tiny")
+    again.run("lpla", "mae-target-s0", study="main")
+    assert own(again)["auc"].iloc[0] == want
+    try:
+        assert score(again).auc == want
+    except Exception as error:  # named by the check sum of the archive, never a wrong number
+        assert "CRC" in str(error) or isinstance(error, (ValueError, OSError, KeyError)) or type(error).__name__ in (
+            "BadZipFile", "error",
+        )  # fmt: skip
+
+
+def test_a_damaged_archive_is_one_line(lab):
+    lab.run("lpla", "mae-target-s0", study="main")
+    archive = lab.store.pack()
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"tiny\.npz is damaged"):
+        labs.open("tiny").results  # noqa: B018
+
+
+def test_shadow_knowledge_says_what_is_known(lab):
+    cross = lab.shadow_of("mae-target-s0", method="simclr")
+    lab.run("partcrop", "mae-target-s0", knowledge="shadow", controls=False, **FEW)
+    lab.run("partcrop", "mae-target-s0", shadow=cross, controls=False, **FEW)
+    table = own(lab)
+    assert list(table["knowledge"]) == ["shadow:PET", "shadow:PE-"]
+    assert list(table["shadow_method"]) == ["mae", "simclr"] and table["n_members"].iloc[0] == 24
+
+
+def test_target_and_shadow_share_the_split_and_nothing_else(lab):
+    split = lab.split("mae-target-s0")
+    assert lab.split("mae-shadow-s0").hash == split.hash
+    assert not set(split.target_members) & set(split.shadow_members)
+    first = [lab.model(n).encoder_at(0).module.blocks[0].mlp.fc1.weight for n in ("mae-target-s0", "mae-shadow-s0")]
+    assert not np.array_equal(first[0].detach(), first[1].detach())
+
+
+def test_what_is_missing_is_one_line(lab):
+    with pytest.raises(ValueError, match="has no model 'mae-target'; close: mae-target-s0"):
+        lab.run("partcrop", "mae-target", study="main")
+    with pytest.raises(ValueError, match="unknown attack 'nothing'"):
+        lab.run("nothing", "mae-target-s0", study="main")
+    with pytest.raises(ValueError, match="takes no parameter 'n_crop'; allowed"):
+        lab.run("partcrop", "mae-target-s0", n_crop=3, study="main")
+
+
+def test_defenses_of_the_output_early_stopping_and_the_static_attacker(lab):
+    run = dict(controls=False, study="d")
+    lab.run("lpla", "mae-target-s0", **run)
+    lab.run("lpla", lab.target("mae-target-s0", defense="noise", strength=[0.0, 50.0]), **run)
+    plain, same, noisy = (score(lab, i).score for i in range(3))
+    assert np.array_equal(same, plain) and not np.array_equal(noisy, plain)
+    table = own(lab)
+    assert list(table["defense"]) == ["none", "noise", "noise"] and list(table["attacker"]) == ["static", "adaptive", "adaptive"]
+    assert table["utility"].iloc[0] == table["utility"].iloc[1] != table["utility"].iloc[2]
+    epoch = lab.model("mae-target-s0").checkpoints[1]
+    lab.run("lpla", lab.target("mae-target-s0", defense="early-stopping", strength=epoch), **run | {"study": "stop"})
+    lab.run("lpla", "mae-target-s0", checkpoint=epoch, **run | {"study": "epoch"})
+    stopped, chosen = (own(lab).query(f"study == '{s}'").iloc[0] for s in ("stop", "epoch"))
+    assert stopped["auc"] == chosen["auc"] and stopped["checkpoint"] == epoch
+    rounded = lab.target("mae-target-s0", defense="rounding", strength=0.5)
+    both = lab.run("lpla", rounded, attacker=["adaptive", "static"], knowledge="shadow", **run | {"study": "s"})
+    assert set(both["attacker"]) == {"adaptive", "static"}
+    for message, attempt in (
+        ("goes with a defense", dict(targets="mae-target-s0", attacker="static")),
+        ("expected attacker 'adaptive' or 'static'", dict(targets=rounded, attacker="clever")),
+        ("unknown output defense", dict(targets=lab.target("mae-target-s0", defense="hope", strength=1.0))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lab.run("lpla", study="bad", **attempt)
+
+
+def test_labs_side_by_side_compute_once_and_drop_nothing(lab):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda k: labs.open("tiny").run("lpla", "mae-target-s0", study=f"s{k}", controls=False), range(6)))
+    assert len(list(paths.get_scores_dir("tiny").glob("*.npz"))) == 1
+    assert set(labs.open("tiny").results["study"]) == {f"s{k}" for k in range(6)}
+
+
+def test_the_undefended_model_differs_by_the_defense_alone():
+    lab = labs.open("photos")
+    plain = {row.id: lab.undefended_of(row.id) for row in lab.models(study="defenses", role="target")}
+    assert plain["mae-dp8-target-s0"] == "mae-plain-target-s0"  # not the one of another mask ratio
+    for defended, other in plain.items():
+        one, two = lab.profile.row(defended), lab.profile.row(other)
+        keys = ("method", "arch", "epochs", "n_train", "seed")
+        assert [getattr(one, k) for k in keys] == [getattr(two, k) for k in keys] and two.defense == "none"
+
+
+def test_the_committed_results_of_photos_are_one_table():
+    table = labs.open("photos").results
+    facts = [c for c in table if c not in ("key", "split", "model_id", "place") and c not in _numbers()]
+    assert not table[facts].astype(str).duplicated().any()
+    assert (table["auc_low"] <= table["auc"]).all() and (table["auc"] <= table["auc_high"]).all()
+    merged = table.query("study == 'main' and attack == 'partcrop' and target == 'mae-crop-target' and control == ''")
+    assert merged["n_seeds"].tolist()[0] == 3 and len(merged) == 4  # the seeds stand below, under one row
+
+
+def _numbers():
+    from mia_utils import results
+
+    return results.NUMBERS
+
+
+def test_study_files_are_plain_json(lab):
+    lab.run("lpla", "mae-target-s0", study="main")
+    (path,) = paths.get_scores_dir("tiny").glob("study-*.json")
+    assert set(json.loads(path.read_text())) == {"study", "attack", "keys"}
