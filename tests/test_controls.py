@@ -131,7 +131,9 @@ def test_describe():
     is_member = np.arange(400) < 200
     text = controls.describe(metrics.evaluate(rng.normal(size=400), is_member, n_bootstrap=200))
     assert "passes; minimum detectable AUC .5" in text
-    assert "invalid" in controls.describe(metrics.evaluate(rng.normal(size=400) + is_member, is_member, n_bootstrap=200))
+    assert "invalid" in controls.describe(
+        metrics.evaluate(rng.normal(size=400) + is_member, is_member, n_bootstrap=200)
+    )
 
     class Empty:
         meta = {"reason": "no untrained model"}

@@ -17,7 +17,7 @@ from mia_utils.protocol.intervals import Control
     ("numbers", "control", "said"),
     [
         ((0.70, 0.64, 0.76), None, "shown"),
-        ((0.70, 0.64, 0.76), Control(0.51, 0.46, 0.56, clear=False), "shown"),  # a control that holds .5 decides nothing
+        ((0.70, 0.64, 0.76), Control(0.51, 0.46, 0.56, clear=False), "shown"),  # it holds .5
         ((0.70, 0.64, 0.76), Control(0.57, 0.52, 0.62, clear=True), "shown"),
         ((0.70, 0.64, 0.76), Control(0.57, 0.52, 0.62), "shown"),  # not compared, but the intervals do not overlap
         ((0.60, 0.54, 0.66), Control(0.57, 0.52, 0.62), "not shown, not clear of the no-model control .57 [.52, .62]"),
@@ -47,7 +47,7 @@ def test_examples_and_bad_intervals():
 
 
 def make_fitted(rng, *, shift, n_members=128, n_nonmembers=1000, n_features=10, groups=None, n_folds=5):
-    """Scores of five cross-fitted linear discriminants; ``groups``: blocks of 8 images, features scatter between them."""
+    """Scores of five cross-fitted linear discriminants; ``groups``: blocks whose features scatter together."""
     n = n_members + n_nonmembers
     unit = np.arange(n) if groups is None else groups
     side = rng.permutation(np.arange(n) < n_members) if groups is None else np.arange(n) < n_members
@@ -86,7 +86,9 @@ def count_covered(auc, drawn, x, *, n_seeds, scatter, truth, seed=0, widen=None)
     options = {"widen": [metrics._widen(x) if widen is None else widen] * n_seeds, "shared": False}
     for rows in rng.permutation(len(auc))[: len(auc) // n_seeds * n_seeds].reshape(-1, n_seeds):
         off = scatter * rng.normal(size=n_seeds)
-        got = intervals.estimate(auc[rows] + off, drawn[rows] + off[:, None], units=[x.count_units()] * n_seeds, **options)
+        got = intervals.estimate(
+            auc[rows] + off, drawn[rows] + off[:, None], units=[x.count_units()] * n_seeds, **options
+        )
         aim = truth + (off[0] if n_seeds == 1 else 0)
         held.append(got.value - got.below <= aim <= got.value + got.above)
         width.append((got.below + got.above) / 2)
@@ -142,7 +144,7 @@ def test_several_trainings_by_hand():
     got = intervals.estimate(np.full(3, 0.7), drawn, widen=[15, 15, 15], shared=False)
     assert got.se == pytest.approx(0.15 / np.sqrt(3))  # trainings agree by chance: W, widened, holds
     got = intervals.estimate(np.full(3, 0.7), drawn, widen=[1, 1, 1], shared=True)
-    assert got.se == pytest.approx(np.sqrt(1e-4 / 3 + 2e-4))  # resamples that move together are no more evidence than one
+    assert got.se == pytest.approx(np.sqrt(1e-4 / 3 + 2e-4))  # shared blocks count once
 
 
 def test_widening_and_the_minimum_detectable_auc():
@@ -153,8 +155,12 @@ def test_widening_and_the_minimum_detectable_auc():
     assert fitted.half_width == pytest.approx(1.5 * trained_nothing.half_width)
     assert fitted.auc_se == pytest.approx(1.5 * trained_nothing.auc_se) and fitted.tpr_at == trained_nothing.tpr_at
     assert fitted.scope == "this model only" and metrics.combine([fitted] * 3).scope == "over 3 trainings"
-    for i in range(40):  # shown exactly where the AUC reaches what the row says it could have seen, up to the test at .5
-        got = metrics.evaluate(rng.normal(size=120) + 0.05 * i * (np.arange(120) < 30), np.arange(120) < 30, n_bootstrap=200)
+    for i in range(
+        40
+    ):  # shown exactly where the AUC reaches what the row says it could have seen, up to the test at .5
+        got = metrics.evaluate(
+            rng.normal(size=120) + 0.05 * i * (np.arange(120) < 30), np.arange(120) < 30, n_bootstrap=200
+        )
         assert (got.auc_low > 0.5) == (got.auc > got.minimum_detectable), i
 
 
@@ -163,7 +169,10 @@ def test_an_attack_stands_clear_of_a_control(folds):
     rng = np.random.default_rng(1)
     is_member = np.arange(300) < 100
     noise = rng.normal(size=300)
-    blind, attack = noise + 0.5 * is_member, noise + 0.9 * is_member  # they share what makes an image look like a member
+    blind, attack = (
+        noise + 0.5 * is_member,
+        noise + 0.9 * is_member,
+    )  # they share what makes an image look like a member
     entries = [(s, is_member, folds) for s in (attack, blind, noise + 0.5 * is_member)]
     got = metrics.clear_of(entries[0], entries[1])
     alone = [metrics.evaluate(*e[:2], folds=folds) for e in entries[:2]]
@@ -243,7 +252,11 @@ def check_invariants(rng):
     assert 0 < got.p_value <= 1 and got.p_value >= min(1, got.test.floor) - 1e-12
     assert not (got.p_value > 0.05 and intervals.leaves_half(got.auc_low, got.auc_high))
     roc = got.roc
-    assert (np.diff(roc.tpr) >= -1e-12).all() and (np.diff(roc.low) >= -1e-12).all() and (np.diff(roc.high) >= -1e-12).all()
+    assert (
+        (np.diff(roc.tpr) >= -1e-12).all()
+        and (np.diff(roc.low) >= -1e-12).all()
+        and (np.diff(roc.high) >= -1e-12).all()
+    )
     assert (0 <= roc.low).all() and (roc.low <= roc.tpr).all() and (roc.tpr <= roc.high).all() and (roc.high <= 1).all()
     intervals.decide(got.auc, got.auc_low, got.auc_high)
     back = metrics.evaluate(-score, is_member, folds=folds, groups=groups, n_bootstrap=8)

@@ -1,4 +1,4 @@
-"""metrics: the weighted ROC against scikit-learn and a naive bootstrap, p-values, thresholds, several trainings, sets."""
+"""metrics: the weighted ROC against scikit-learn and a naive bootstrap, p-values, thresholds, trainings, sets."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_p_values_hold_for_cross_fitted_attackers_without_any_signal():
         aucs = [roc_auc_score(label[fold == f], score[fold == f]) for f in range(5)]
         naive.append(abs(np.mean(aucs) - 0.5) / np.sqrt((65) / (12 * 13 * 51) / 5) > 1.96)
     assert np.mean(naive) > 0.1
-    assert np.mean(np.array(p) < 0.05) <= 0.12 and np.mean(np.array(p) < 0.5) >= 0.2  # holds, and still sees something
+    assert np.mean(np.array(p) < 0.05) <= 0.12 and np.mean(np.array(p) < 0.5) >= 0.2
 
 
 def test_blocks_widen_the_interval():
@@ -168,7 +168,9 @@ def test_combine_of_one_seed_is_evaluate():
     one = metrics.evaluate(score, is_member, threshold=0.5, n_bootstrap=100)
     for entry in (one, (score, is_member, None, None, 0.5)):
         got = metrics.combine([entry], n_bootstrap=100)
-        assert all(getattr(got, k) == getattr(one, k) for k in ("auc_low", "auc_high", "tpr_at", "f1", "p_value", "test"))
+        assert all(
+            getattr(got, k) == getattr(one, k) for k in ("auc_low", "auc_high", "tpr_at", "f1", "p_value", "test")
+        )
 
 
 def test_combine_averages_seeds_and_resamples_them():

@@ -145,8 +145,8 @@ def permute_labels(
 def describe(result: Any) -> str:
     """Say in one line what a control shows by its own interval, and the smallest AUC it could have shown.
 
-    For example ``"AUC .51 [.48, .54], passes; minimum detectable AUC .53"``; an attack's control that was not run has no
-    scores and a ``meta["reason"]``.
+    For example ``"AUC .51 [.48, .54], passes; minimum detectable AUC .53"``; a control that was not run has no scores
+    and a ``meta["reason"]``.
     """
     reason = (getattr(result, "meta", None) or {}).get("reason")
     if reason or not np.isfinite(result.auc):

@@ -31,14 +31,10 @@ class Interval(NamedTuple):
 
 
 class Control(NamedTuple):
-    """The no-model control of the same split.
+    """AUC and interval of the no-model control of the same split.
 
-    Attributes:
-        auc, low, high: its AUC and interval.
-        rejected: whether its family (:func:`judge_controls`) or, in a single audit, its own interval
-            (:func:`two_sided`) rejects 0.5.
-        clear: whether the attack stands clear of it (``metrics.clear_of``); None where not computed: then the two
-            intervals must not overlap.
+    ``rejected``: by its family (:func:`judge_controls`) or, in a single audit, its own interval (:func:`two_sided`).
+    ``clear``: the attack stands clear of it (``metrics.clear_of``); None = not computed: intervals must not overlap.
     """
 
     auc: float
@@ -117,12 +113,12 @@ def judge_controls(
 
     Args:
         rows: control -> its result, or its two-sided p-value against 0.5; None: the control was not run.
-        level: chance in (0, 1) that a family of sound controls loses any row.
+        level: chance in (0, 1) that a family of valid controls loses any row.
         families: control -> family; without it all rows are one family.
 
     Returns:
         DataFrame ``control, family, p, p_holm, rejected, rejects_above`` in the order given; ``rejects_above``: the
-        smallest AUC that would have rejected the row were the others sound, NaN where none would or only p is known.
+        smallest AUC that would have rejected the row were the others valid, NaN where none would or only p is known.
         Raises ValueError for a level or p outside its range.
     """
     if not 0 < level < 1:
@@ -149,7 +145,7 @@ def judge_controls(
 
 
 class Estimate(NamedTuple):
-    """A mean over trainings, the distances of its interval's ends, and its standard error."""
+    """A mean, how far its interval reaches below and above, and its standard error."""
 
     value: float
     below: float
@@ -166,7 +162,7 @@ def estimate(
     units: Sequence[tuple[int, int]] | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Put an interval around the mean AUC (or difference of AUCs) of S trainings.
+    """Put an interval around the mean AUC (or difference of AUCs) of S trainings: its ends lie below and above it.
 
     One training: percentile bootstrap, half widths times ``widen``. Several: mean +- t(S - 1) sqrt(max(s^2, W) / S +
     max(C, 0)); s: standard deviation of the AUCs, W: their mean variance within a training (widened), C: mean
@@ -174,9 +170,8 @@ def estimate(
     trainings share does not scatter between them), and is never taken off: a negative one is mostly noise.
 
     Args:
-        per_seed: (S,) AUCs.
-        drawn: (S, B) AUCs of the resamples.
-        widen: factor on the standard error, per training (:func:`widen_folds`).
+        per_seed, drawn: (S,) AUCs, and (S, B) those of the resamples.
+        widen: factor on the standard error, per training (:func:`widen_folds`, :func:`widen_blocks`).
         shared: whether the resamples of the trainings share their blocks.
         units: members and non-members (images or blocks) per training: where fewer than ``RARE`` errors are expected
             the score interval joins. None for differences.

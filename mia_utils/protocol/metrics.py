@@ -116,15 +116,12 @@ def evaluate(
     Args:
         score: (N,) float, higher = more likely a member.
         is_member: (N,) bool or 0/1.
-        threshold: ``score >= threshold`` means member; one number, or (N,) where attackers of several folds have their
-            own. It must have been chosen on other data.
+        threshold: ``score >= threshold`` means member, chosen on other data; one number, or (N,) for one per fold.
         groups: (N,) block ids (video, patients): resampled as a whole.
         folds: (N,) fold ids: AUC and ROC are unweighted means over folds.
         fitted: whether the folds' attackers were trained (on images they share): the AUC's interval is widened.
         fprs: false-positive rates in (0, 1).
-        confidence: level of all intervals.
-        n_bootstrap: number of resamples.
-        seed: seed of the private resampling stream.
+        confidence, n_bootstrap, seed: level of all intervals, number of resamples, seed of their private stream.
 
     Returns:
         ``Result`` with one entry in ``per_seed``. Raises ValueError for shapes that differ, scores that are not finite,
@@ -158,10 +155,8 @@ def combine(
     fprs = tuple(float(r) for r in fprs)
     if any(not 0 < r < 1 for r in fprs):
         raise ValueError(f"expected false-positive rates in (0, 1), got {fprs}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"expected confidence in (0, 1), got {confidence}")
-    if n_bootstrap < 2:
-        raise ValueError(f"expected n_bootstrap >= 2, got {n_bootstrap}")
+    if not 0 < confidence < 1 or n_bootstrap < 2:
+        raise ValueError(f"expected confidence in (0, 1) and n_bootstrap >= 2, got {confidence} and {n_bootstrap}")
     n_members = [int(x.is_member.sum()) for x in inputs]
     n_nonmembers = [len(x.score) - m for x, m in zip(inputs, n_members, strict=True)]
     fewest = min(n_nonmembers)
@@ -370,8 +365,7 @@ def test_set(
     Args:
         score_mine: (n,) float, higher = more likely a member; not of an attacker fitted to these labels.
         score_reference: (m,) float, of images that were surely not used but are otherwise alike.
-        n_permutations: random divisions; where no more exist, each is counted once.
-        seed: seed of the private stream.
+        n_permutations, seed: random divisions (where no more exist, each is counted once), seed of their stream.
         alternative: ``"greater"`` (mine score higher), ``"less"`` or ``"two-sided"``.
 
     Returns:
