@@ -195,7 +195,11 @@ def test_defenses_of_the_output_early_stopping_and_the_static_attacker(lab):
     plain, same, noisy = (score(lab, i).score for i in range(3))
     assert np.array_equal(same, plain) and not np.array_equal(noisy, plain)
     table = own(lab)
-    assert list(table["defense"]) == ["none", "noise", "noise"] and list(table["attacker"]) == ["static", "adaptive", "adaptive"]
+    assert list(table["defense"]) == ["none", "noise", "noise"] and list(table["attacker"]) == [
+        "static",
+        "adaptive",
+        "adaptive",
+    ]
     assert table["utility"].iloc[0] == table["utility"].iloc[1] != table["utility"].iloc[2]
     epoch = lab.model("mae-target-s0").checkpoints[1]
     lab.run("lpla", lab.target("mae-target-s0", defense="early-stopping", strength=epoch), **run | {"study": "stop"})
@@ -218,7 +222,11 @@ def test_labs_side_by_side_compute_once_and_drop_nothing(lab):
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(6) as threads:
-        list(threads.map(lambda k: labs.open("tiny").run("lpla", "mae-target-s0", study=f"s{k}", controls=False), range(6)))
+        list(
+            threads.map(
+                lambda k: labs.open("tiny").run("lpla", "mae-target-s0", study=f"s{k}", controls=False), range(6)
+            )
+        )
     assert len(list(paths.get_scores_dir("tiny").glob("*.npz"))) == 1
     assert set(labs.open("tiny").results["study"]) == {f"s{k}" for k in range(6)}
 

@@ -9,8 +9,12 @@ from mia_utils import results
 def row(seed=0, control="", auc=0.7, low=None, high=None, key=None, **facts):
     low, high = auc - 0.05 if low is None else low, auc + 0.05 if high is None else high
     p = 1e-9 if low > 0.5 or high < 0.5 else 0.6
-    base = dict(attack="partcrop", target="mae-target", model_id=f"mae-target-s{seed}", protocol="controlled", split=f"s{seed}")
-    base |= dict(seed=seed, control=control, auc=auc, auc_low=low, auc_high=high, auc_se=0.02, p=p, minimum_detectable=0.55)
+    base = dict(
+        attack="partcrop", target="mae-target", model_id=f"mae-target-s{seed}", protocol="controlled", split=f"s{seed}"
+    )
+    base |= dict(
+        seed=seed, control=control, auc=auc, auc_low=low, auc_high=high, auc_se=0.02, p=p, minimum_detectable=0.55
+    )
     return base | dict(key=key or f"k{seed}", utility=0.4 + seed / 100) | facts
 
 
@@ -28,7 +32,9 @@ def test_seeds_of_one_experiment_are_one_row_with_the_seeds_below():
     assert table["auc_low"].iloc[0] == 0.6 and table["utility"].iloc[0] == pytest.approx(0.41)
 
 
-@pytest.mark.parametrize("facts", [dict(n_crops=8), dict(checkpoint=150), dict(decoder="attacker"), dict(defense="noise")])
+@pytest.mark.parametrize(
+    "facts", [dict(n_crops=8), dict(checkpoint=150), dict(decoder="attacker"), dict(defense="noise")]
+)
 def test_any_other_fact_is_another_experiment(facts):
     assert len(table_of([row(0), row(0, key="k9", **facts)])) == 2
 

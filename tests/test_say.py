@@ -1,0 +1,74 @@
+"""Sentences come from the rows: they change with them, claim nothing the one rule does not, and stay short."""
+
+import pandas as pd
+import pytest
+
+from mia_utils import say
+
+
+def make(rows):
+    base = dict(
+        control="",
+        seed=None,
+        attack="partcrop",
+        method="mae",
+        shadow_method="mae",
+        checkpoint=10,
+        n_masks=1,
+        verdict="shown",
+    )
+    frame = pd.DataFrame([base | dict(auc_low=r["auc"] - 0.04, auc_high=r["auc"] + 0.04) | r for r in rows])
+    return frame.astype({"seed": float})
+
+
+UP = make([dict(n_masks=1, auc=0.6), dict(n_masks=4, auc=0.7), dict(n_masks=64, auc=0.72)])
+FLAT = make([dict(n_masks=1, auc=0.70), dict(n_masks=64, auc=0.72)])
+NONE = make([dict(n_masks=n, auc=0.51, verdict="not shown") for n in (1, 64)])
+
+
+@pytest.mark.parametrize(
+    ("sentence", "said"),
+    [
+        (say.plateau(UP, "n_masks"), "4 masks are enough: AUC .70; 64 give .72"),
+        (say.plateau(NONE, "n_masks"), "No leak shown at any number of masks: AUC .51 to .51"),
+        (say.best(make([dict(auc=0.9), dict(auc=0.6, attack="mim")])), "PartCrop is ahead: AUC .90; next MIM attack .60"),
+        (say.best(make([dict(auc=0.9), dict(auc=0.88, attack="mim")])), "PartCrop and MIM attack lead together: AUC .90 and .88"),
+        (say.best(make([dict(auc=0.5, verdict="not shown")])), "No leak shown: PartCrop comes to AUC .50"),
+        (say.shown(make([dict(auc=0.9), dict(auc=0.5, method="dino", verdict="not shown")])), "PartCrop finds members of MAE, not of DINO"),
+        (say.shown(make([dict(auc=0.2, verdict="reversed")])), "PartCrop: no leak shown on MAE"),
+        (say.grows(make([dict(checkpoint=5, auc=0.5, verdict="not shown"), dict(checkpoint=50, auc=0.9)])), "Leaks shown from 50 epochs on; AUC .90 at 50"),
+        (say.transfer(make([dict(auc=0.9), dict(auc=0.13, method="simclr")])), "The attack does not transfer: mean AUC .90 from its own kind of shadow, .13 from others"),
+    ],
+)  # fmt: skip
+def test_a_title_says_what_the_rows_say(sentence, said):
+    assert sentence == said and len(sentence) <= 90
+
+
+def test_one_mask_that_does_as_well_is_said_so():
+    assert say.plateau(FLAT, "n_masks").startswith(("1 masks do as well", "One mask does as well"))
+
+
+X = {"x": "n_masks"}
+
+
+@pytest.mark.parametrize(
+    ("expectation", "table", "word"),
+    [
+        (say.rises("it rises", by="n_masks"), UP, "met"),
+        (say.rises("it falls", by="n_masks", falls=True), UP, "not met"),
+        (say.rises("it rises", by="n_masks"), FLAT, "intervals overlap"),
+        (say.above("own above others", "method == 'mae'", "method == 'dino'"), make([dict(auc=0.9), dict(auc=0.5, method="dino")]), "met"),
+        (say.above("own above others", "method == 'mae'", "method == 'dino'"), UP, "can't be said"),
+        (say.all_shown("everything leaks"), UP, "met"),
+        (say.none_shown("nothing leaks"), UP, "not met"),
+        (say.none_shown("nothing leaks"), NONE, "met"),
+        (say.holds("AUC stays below .8", lambda t: (t["auc"] < 0.8).all()), UP, "met"),
+    ],
+)  # fmt: skip
+def test_what_was_expected_is_answered(expectation, table, word):
+    assert f": {word}" in expectation.answer(table)
+
+
+def test_controls_and_single_seeds_are_never_the_subject():
+    rows = make([dict(auc=0.6), dict(auc=0.99, control="no-model"), dict(auc=0.99, seed=1.0)])
+    assert say.best(rows) == "PartCrop finds members: AUC .60" and len(say.attacks(rows)) == 1
