@@ -31,7 +31,7 @@ def open(profile: str) -> Lab:  # noqa: A001 - lab.open is the public name
 
 
 _ATTACKER = {"attacker": "attacker", "known_share": "share", "knowledge": "knowledge", "shadow": "shadow"}
-_ATTACKER |= {name: name for name in ("reference", "decoder", "decoder_epochs")}
+_ATTACKER |= {name: name for name in ("reference", "reference_checkpoint", "decoder", "decoder_epochs")}
 
 
 class Lab:
@@ -100,6 +100,13 @@ class Lab:
         if dataset not in self._pools:
             self._pools[dataset] = train.load_pool(self.profile, dataset)
         return self._pools[dataset]
+
+    def has_data(self, dataset: str) -> bool:
+        """Whether a data set can be read here."""
+        try:
+            return self.pool(dataset) is not None
+        except (FileNotFoundError, ValueError):
+            return False
 
     def is_trained(self, model_id: str) -> bool:
         """Whether the artifact of a model exists."""
