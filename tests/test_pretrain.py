@@ -117,7 +117,7 @@ def test_split_batch_norm_sees_each_part_of_a_batch_by_itself():
         torch.testing.assert_close(made[part::4], one(x[part::4]))
         running.append(torch.stack([one.running_mean, one.running_var]))
     torch.testing.assert_close(torch.stack([split.running_mean, split.running_var]), torch.stack(running).mean(0))
-    assert torch.equal(split.eval()(x), plain.eval()(x)) is False and split.state_dict().keys() == plain.state_dict().keys()
+    assert split.state_dict().keys() == plain.state_dict().keys()  # a plain network opens the weights
     with pytest.raises(ValueError, match="a batch that bn_splits 4 divides, got 6 images"):
         split.train()(x[:6])
     with pytest.raises(ValueError, match="bn_splits 8: expected .* a backbone with batch norm"):

@@ -44,17 +44,16 @@ def _add_noise(x: Tensor, sigma: float, noise: Callable) -> Tensor:
     return x + sigma * noise()
 
 
+def _add_noise_to_logits(p: Tensor, sigma: float, noise: Callable) -> Tensor:
+    return _add_noise(p.log(), sigma, noise).softmax(1)  # log p is the logits but for a shift common to all classes
+
+
 def _round(x: Tensor, step: float, noise: Callable) -> Tensor:
     return (x / step).round() * step
 
 
 OUTPUTS: dict[str, dict[str, Change]] = {  # output defense -> kind of model -> what it does
-    "noise": {
-        "encoder": _add_noise,
-        "autoencoder": _add_noise,
-        # on the logits; log posteriors differ from them by a shift common to all classes
-        "segmenter": lambda p, sigma, noise: _add_noise(p.log(), sigma, noise).softmax(1),
-    },
+    "noise": {"encoder": _add_noise, "autoencoder": _add_noise, "segmenter": _add_noise_to_logits},
     "rounding": {"encoder": _round, "autoencoder": _round, "segmenter": _round_posteriors},
     "top-k": {"encoder": _keep_largest, "segmenter": _keep_likeliest},
     "temperature": {"segmenter": lambda p, temperature, noise: (p.log() / temperature).softmax(1)},
@@ -145,11 +144,10 @@ def measure_scale(
     if output not in ("embed", "tokens") or len(images) < 2:
         raise ValueError(f"expected output 'embed' or 'tokens' and 2 images, got {output!r} and {len(images)}")
     query = encoder.tokens if output == "tokens" else lambda x: encoder.embed(x, pooling)
-    parts = []
+    batches = (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
     with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            x = views.read_pixels(images, slice(start, start + batch_size)).contiguous().float().div_(255)
-            parts.append(query(x).flatten(0, -2).double().cpu())
+        pixels = (views.read_pixels(images, rows).contiguous().float().div_(255) for rows in batches)
+        parts = [query(x).flatten(0, -2).double().cpu() for x in pixels]
     return float(torch.cat(parts).var(dim=0).mean().sqrt())
 
 
@@ -159,7 +157,7 @@ def _hash_rows(batch: Tensor) -> list[str]:
 
 
 class _Defended:
-    """What the wrappers share: the model behind them, and noise keyed by its input."""
+    """What the wrappers share: the model behind them, whose methods they have, and noise keyed by its input."""
 
     def __init__(self, model: object, change: Change, defense: tuple):
         vars(self).update(vars(model) | {"_behind": model, "_change": change, "defense": defense})
@@ -181,7 +179,6 @@ class _Defended:
         return self._change(x, strength, draw)
 
     def to(self, device: str | torch.device):
-        """Move the model behind the defense; returns self."""
         self._behind.to(device)
         self.device = torch.device(device)
         return self
@@ -219,12 +216,10 @@ class _DefendedAutoencoder(_Defended, nn.Module):
             return getattr(vars(self)["_behind"], name)
 
     def reconstruct(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Reconstruct images (N, 3, H, W) from masks (N, L) or (L,)."""
         masks = masks.expand(len(images), -1) if masks.ndim == 1 else masks
         return self._perturb(self._behind.reconstruct(images, masks), images, "pixels", masks)
 
     def reconstruct_from(self, tokens: Tensor, masks: Tensor, *, images: Tensor) -> Tensor:
-        """Reconstruct every image from every mask (M, L): (N, M, 3, H, W)."""
         made = self._behind.reconstruct_from(tokens, masks, images=images)
         return self._perturb(made.flatten(0, 1), images, "pixels", masks.repeat(len(images), 1)).view_as(made)
 

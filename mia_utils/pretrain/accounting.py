@@ -14,11 +14,8 @@ METHODS = ("mae", "simmim", "unet")  # whose per-example gradients were checked
 _CONTRASTIVE = "its loss compares the images of a batch, so clipping one image's gradient bounds nothing"
 _COUPLED = {name: _CONTRASTIVE for name in ("simclr", "moco", "moco-v1", "moco-v2")}
 _COUPLED["dino"] = "the center of its teacher is a mean over the batch, so clipping one image's gradient bounds nothing"
-_COUPLING_OPTIONS = {
-    "mixup": "mixes two images",
-    "distill": "trains a teacher that would not be private",
-    "minmax": "compares images",
-}
+_COUPLING = {"mixup": "mixes two images", "distill": "trains a teacher that would not be private"}
+_COUPLING |= {"minmax": "compares images"}
 _KEYS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
 
 
@@ -33,7 +30,7 @@ def refuse(method: str, cls: type, privacy: dict, options: dict, *, precision: s
             f"{method} can't be trained with privacy here: it has no loss per image (method losses) that was checked; "
             f"expected one of {', '.join(METHODS)}"
         )
-    for name, reason in _COUPLING_OPTIONS.items():
+    for name, reason in _COUPLING.items():
         if options.get(name):
             raise ValueError(f"option {name} can't be combined with privacy: it {reason}")
     if frozen:
@@ -43,20 +40,13 @@ def refuse(method: str, cls: type, privacy: dict, options: dict, *, precision: s
 
 
 def plan_privacy(
-    *,
-    n_images: int,
-    batch_size: int,
-    steps: int,
-    epsilon: float | None = None,
-    noise_multiplier: float | None = None,
-    delta: float = 1e-5,
-    max_grad_norm: float = 1.2,
-) -> dict[str, float | int | str]:
+    *, n_images: int, batch_size: int, steps: int, epsilon: float | None = None, noise_multiplier: float | None = None,
+    delta: float = 1e-5, max_grad_norm: float = 1.2,
+) -> dict[str, float | int | str]:  # fmt: skip
     """Choose the noise of a private training for its budget, and account for it.
 
     Args:
-        n_images: images trained on.
-        batch_size: expected size of a Poisson batch: every image is in it with probability batch_size / n_images.
+        n_images: images trained on; each is in a Poisson batch with probability ``batch_size`` / ``n_images``.
         steps: optimizer steps.
         epsilon: budget; the noise is chosen for it. Exactly one of this and ``noise_multiplier``.
         noise_multiplier: sd of the noise in units of ``max_grad_norm``; 0 gives no privacy.
@@ -89,12 +79,11 @@ def plan_privacy(
 def _find_noise(epsilon: float, delta: float, *, sample_rate: float, steps: int) -> float:
     from opacus.accountants.utils import get_noise_multiplier
 
-    count = dict(sample_rate=sample_rate, steps=steps, epsilon_tolerance=min(0.01, epsilon / 100))
+    settings = dict(sample_rate=sample_rate, steps=steps, epsilon_tolerance=min(0.01, epsilon / 100))
+    settings |= dict(target_epsilon=epsilon, target_delta=delta, accountant=ACCOUNTANT)
     with warnings.catch_warnings(action="ignore"):  # it tells at every try that its largest order was the best one
         try:
-            return float(
-                get_noise_multiplier(target_epsilon=epsilon, target_delta=delta, accountant=ACCOUNTANT, **count)
-            )
+            return float(get_noise_multiplier(**settings))
         except (ValueError, OverflowError, FloatingPointError):
             raise ValueError(
                 f"privacy: no noise reaches epsilon {epsilon:g} at delta {delta:g} with sample rate {sample_rate:.3g} "

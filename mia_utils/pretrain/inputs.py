@@ -18,12 +18,7 @@ AHEAD = 3  # batches that are decoded while one is trained on: what streaming ho
 
 
 class Streamed:
-    """Images that stay where they are; the rows of a batch are decoded when they are read.
-
-    Args:
-        images: (N, H, W, 3) uint8 array-like: ``images[rows]`` selects, ``np.asarray`` of that decodes.
-        device: where the batches go.
-    """
+    """Images that stay where they are, (N, H, W, 3) uint8: ``images[rows]`` selects, ``np.asarray`` of that decodes."""
 
     def __init__(self, images: Any, device: torch.device):
         self.images, self.device = images, device
@@ -69,9 +64,6 @@ def read(images: Tensor | Streamed, batches: Iterable[Rows]) -> Iterator[tuple[R
 
 
 def augment(images: Tensor, **settings: Any) -> Tensor:
-    """:func:`mia_utils.models.views.augment` in float32 whatever precision the network is trained in.
-
-    Its resampling is a matrix product: in bfloat16 it would move pixels by up to 3/255.
-    """
+    """``views.augment`` in float32: its resampling, a product, would move pixels by up to 3/255 in bfloat16."""
     with torch.autocast(images.device.type, enabled=False):
         return views.augment(images, **settings)

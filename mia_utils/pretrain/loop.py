@@ -1,12 +1,11 @@
 """The only training loop: every encoder and segmenter of the book is trained here.
 
-The data set lives on the device as uint8 (or is streamed from disk) and is augmented there in batches. Every step draws
-from its own named stream, so a training that was killed continues, at the very step, with the numbers it would have
-seen.
+The images live on the device as uint8 (or are streamed) and are augmented there. Every step draws from its own named
+stream, so a killed training continues, at the very step, with the numbers it would have seen.
 
-Several processes (``torchrun``) take equal parts of every batch and draw the numbers of the whole one, so that they
-train the model a single process would have trained. Two things differ: batch norm on a CPU uses each process's own part
-(on CUDA it is synchronized), and segmenters average over the valid pixels of each part.
+Several processes (``torchrun``) take equal parts of every batch and draw the numbers of the whole one: together they
+train the model of a single process. Two things differ: batch norm on a CPU uses each process's own part (on CUDA it is
+synchronized), and segmenters average over the valid pixels of each part.
 """
 
 from __future__ import annotations
@@ -37,36 +36,16 @@ RECORDS = 24  # rows of history, evenly in the logarithm of the epoch: most happ
 
 
 def fit(
-    method: str,
-    images: np.ndarray,
-    *,
-    arch: str | None = None,
-    epochs: int,
-    seed: int = 0,
-    encoder: Encoder | None = None,
-    labels: np.ndarray | None = None,
-    heldout: np.ndarray | None = None,
-    heldout_labels: np.ndarray | None = None,
-    augmentation: str | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    warmup: float = 0.05,
-    checkpoints: Sequence[int] | None = None,
-    resume_path: str | Path | None = None,
-    save_every: float = 20.0,
-    record_every: int | None = None,
-    record_images: int | None = None,
-    progress: bool = True,
-    device: str | None = None,
-    precision: str = "32-true",
-    on_checkpoint: Callable[[int, Encoder], dict] | None = None,
-    stop_after: int | None = None,
-    privacy: dict | None = None,
-    reference: np.ndarray | None = None,
-    reference_labels: np.ndarray | None = None,
-    **options,
-) -> Run:
+    method: str, images: np.ndarray, *, arch: str | None = None, epochs: int, seed: int = 0,
+    encoder: Encoder | None = None, labels: np.ndarray | None = None, heldout: np.ndarray | None = None,
+    heldout_labels: np.ndarray | None = None, augmentation: str | None = None, batch_size: int | None = None,
+    lr: float | None = None, weight_decay: float | None = None, warmup: float = 0.05,
+    checkpoints: Sequence[int] | None = None, resume_path: str | Path | None = None, save_every: float = 20.0,
+    record_every: int | None = None, record_images: int | None = None, progress: bool = True,
+    device: str | None = None, precision: str = "32-true", stop_after: int | None = None,
+    on_checkpoint: Callable[[int, Encoder], dict] | None = None, privacy: dict | None = None,
+    reference: np.ndarray | None = None, reference_labels: np.ndarray | None = None, **options,
+) -> Run:  # fmt: skip
     """Train an encoder or a segmenter.
 
     Args:
@@ -75,17 +54,15 @@ def fit(
             memory map) is streamed: its batches are decoded ahead in a thread, to the same weights.
         arch: backbone, ``encoders.ARCHS`` or a timm name; trained at its own input size. None: that of ``encoder``.
         epochs: passes over the images.
-        seed: of weights, order and augmentation (streams of their own; the global random state is not used).
-        encoder: start from its weights and freeze them: only the decoder of a masked-image model is trained (the
-            attacker's decoder over a target that was released without one).
+        seed: of weights, order and augmentation; the global random state is not used.
+        encoder: keep its weights and train only the decoder of a masked-image model over it (the attacker's decoder).
         labels: (N,) int, for supervised training; (N, H, W) for segmenters.
         heldout, heldout_labels: images (M, H, W, 3) that are never trained on; their loss goes into ``history``.
         augmentation: name from ``views.AUGMENTATIONS``; None: the method's own.
         batch_size, lr, weight_decay: None: the method's own (AdamW). A batch is that of all processes together.
         warmup: share of the steps with linear warm-up; a cosine to zero follows.
         checkpoints: epochs whose weights are kept; None: five, evenly in the logarithm. 0 and the end always are.
-        resume_path: file that keeps optimizer and step; a killed training goes on from that very step. One that is
-            damaged or of other settings is said and not used; where it can't be written, the training goes on.
+        resume_path: file from which a killed training goes on at its very step (``ResumeFile``).
         save_every: seconds between two writes of it, more where a write takes long; 0: after every step.
         record_every: epochs between two rows of ``history``; None: 24 rows, evenly in the logarithm. Kept epochs
             always have one.
@@ -96,12 +73,11 @@ def fit(
             weights and what is measured stay float32.
         on_checkpoint: called with (epoch, encoder) at every kept epoch, in process 0; its dict goes into ``history``.
         stop_after: stop after this many steps and return nothing of use (tests of resuming).
-        privacy: train with DP-SGD (``pretrain.privacy``): ``epsilon`` (or ``noise_multiplier``), ``delta``,
-            ``max_grad_norm`` of ``accounting.plan_privacy``. Batches are then Poisson samples of expected size
-            ``batch_size``, tokens of a ViT keep their start, batch norm of a segmenter becomes group norm. What was
-            reached is printed and kept in ``settings["privacy"]``.
-        reference, reference_labels: images (R, H, W, 3) with label maps of the owner that are not trained on, for a
-            segmenter's option ``minmax``.
+        privacy: train with DP-SGD: ``epsilon`` (or ``noise_multiplier``), ``delta``, ``max_grad_norm`` of
+            ``accounting.plan_privacy``. Batches are then Poisson samples of expected size ``batch_size``, tokens of a
+            ViT keep their start, a segmenter's batch norm becomes group norm; ``settings["privacy"]`` is the plan.
+        reference, reference_labels: images (R, H, W, 3) and label maps outside the members, for a segmenter's option
+            ``minmax``.
         options: keyword arguments of the method; of every encoder also ``dropout`` and ``drop_path``.
 
     Returns:
@@ -115,7 +91,7 @@ def fit(
     cls, defaults = registry.get(method)
     if precision not in PRECISIONS:
         raise ValueError(f"expected precision one of {', '.join(PRECISIONS)}, got {precision!r}")
-    for name, value in (("record_every", record_every), ("record_images", record_images)):
+    for name, value in {"record_every": record_every, "record_images": record_images}.items():
         if value is not None and value < 1:
             raise ValueError(f"expected {name} at least 1, got {value!r}")
     if encoder is not None:
@@ -140,7 +116,7 @@ def fit(
     kept = _pick_epochs(epochs, checkpoints)
     settings = dict(method=method, arch=arch, epochs=epochs, seed=seed, augmentation=augmentation, lr=lr)
     settings |= dict(weight_decay=weight_decay, batch_size=batch_size, warmup=warmup, n_train=len(images))
-    settings |= dict(options=options)
+    settings["options"] = options
     n_batches = max(len(images) // batch_size, 1)
     n_steps = epochs * n_batches
     if encoder is not None:
@@ -150,8 +126,8 @@ def fit(
         settings["privacy"] = plan
     if precision != "32-true":
         settings["precision"] = precision
-    if privacy is not None and distributed.count() > 1:
-        raise ValueError(f"private training runs in one process, got {distributed.count()}: start it without torchrun")
+    if privacy is not None and (n := distributed.count()) > 1:
+        raise ValueError(f"private training runs in one process, got {n}: start it without torchrun")
     if batch_size % (n := distributed.count()):
         raise ValueError(
             f"expected a batch that {n} processes share equally, got {batch_size} images: set batch_size to a multiple "
@@ -341,10 +317,7 @@ def _set_training(method: nn.Module) -> None:
 def _measure_loss(
     method: nn.Module, images: Tensor | inputs.Streamed, labels: Tensor | None, n_images: int, batch_size: int, **view
 ) -> float:
-    """Mean loss of whole batches in eval mode, in float32, with views that are the same at every call.
-
-    Every process measures all of them.
-    """
+    """Mean loss of whole batches in eval mode and float32, every process of all, with the same views at every call."""
     method.eval()
     losses, rng = [], seeds.rng(0, "measure-loss")
     starts = range(0, n_images - batch_size + 1, batch_size)

@@ -34,8 +34,7 @@ def draw_masks(n: int, n_tokens: int, mask_ratio: float, rng: Generator) -> Tens
 class MaskedImageModel(nn.Module):
     """What the masked-image models share: patches, loss on the hidden ones, reconstruction (``mae``, ``simmim``).
 
-    A method adds ``embed`` (normalized images -> tokens before any mask) and ``predict_from`` (tokens and masks ->
-    patches), and puts whatever is trained beside the encoder under ``decoder``.
+    A method adds ``embed`` and ``predict_from``, and puts whatever is trained beside the encoder under ``decoder``.
 
     Args:
         backbone: timm module.
@@ -61,7 +60,7 @@ class MaskedImageModel(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embed all patches of normalized images (N, 3, H, W)."""
+        """Embed all patches of normalized images (N, 3, H, W), before any mask."""
         raise NotImplementedError
 
     def predict_from(self, tokens: Tensor, masks: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ class MaskedImageModel(nn.Module):
         return (error * masks).sum() / masks.sum()
 
     def losses(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
-        """Mean error over the hidden patches of each image (B,), as private training needs it; mean: ``loss``."""
+        """Mean error over the hidden patches of each image (B,), as private training needs it."""
         error, masks = self._measure_errors(images, augmentation, size, rng)
         return (error * masks).sum(1) / masks.sum(1)
 
@@ -113,17 +112,10 @@ class MaskedImageModel(nn.Module):
 
     @torch.inference_mode()
     def reconstruct(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Reconstruct images from their visible patches.
+        """Reconstruct images (N, 3, H, W) in [0, 1] from their visible patches; the same shape, not clipped.
 
-        Trained with ``norm_pix_loss``, the model tells a hidden patch up to its brightness and contrast: these are
-        put back from the patch itself, which the attacker knows.
-
-        Args:
-            images: (N, 3, H, W) float in [0, 1].
-            masks: (N, L) or (L,) bool, True = hidden; every mask hides the same number of patches.
-
-        Returns:
-            (N, 3, H, W) prediction of every patch, about [0, 1], not clipped.
+        Masks are (N, L) or (L,) bool, True = hidden, each hides the same number of patches. With ``norm_pix_loss``
+        brightness and contrast of a hidden patch are put back from the image, which the attacker knows.
         """
         masks = masks.expand(len(images), -1) if masks.ndim == 1 else masks
         if masks.shape != (len(images), self.n_tokens):
@@ -168,9 +160,7 @@ class MAE(MaskedImageModel):
         input_size: image side in pixels.
         mask_ratio: share of hidden patches (paper: 0.75).
         decoder_dim, decoder_depth, decoder_heads: the decoder (paper: 512, 8, 16; small images: 64, 1, 4).
-        norm_pix_loss: predict patches that are standardized by their own mean and sd (paper: its best ImageNet
-            models do; small images: raw pixels).
-        mean, std: normalization of the encoder's input.
+        norm_pix_loss, mean, std: as above (paper: its best ImageNet models standardize patches; small images: not).
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class MoCo(nn.Module):
 class SplitBatchNorm(nn.BatchNorm2d):
     """Batch norm with statistics of each of ``n_splits`` parts of a batch, as on so many devices.
 
-    Source: demo of MoCo on CIFAR-10 by its authors; the running statistics are the mean over the parts.
+    Source: demo of MoCo on CIFAR-10 by its authors (running statistics: mean over the parts).
     """
 
     n_splits = 1

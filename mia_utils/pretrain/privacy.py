@@ -118,12 +118,10 @@ def compare_gradients(
     Args:
         method: in training mode, with ``losses``; its weights are not changed, its dropout is in eval mode meanwhile.
         images: (B, 3, H, W) uint8; ``labels`` (B, H, W) for segmenters.
-        seed: of the masks.
 
     Returns:
-        Parameter -> the largest difference over the images, relative to the norm of the gradient of one image alone
-        (at least a thousandth of the norm over all parameters); nan where a parameter gets no gradient at all. A
-        network that can't give per-example gradients raises ValueError.
+        Parameter -> the largest difference over the images, relative to the gradient's norm of one image alone (at
+        least a thousandth of that over all parameters); nan where it gets none. No gradients raise ValueError.
     """
     resting = [m for m in method.modules() if m.training and type(m).__name__.startswith("Drop")]
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
@@ -160,16 +158,13 @@ def compare_gradients(
 
 def _compare(alone: list[Tensor | None], together: Tensor | list | None, least: list[float]) -> float:
     """Largest relative difference of one parameter's gradients; what is no (B, ...) tensor is wrong altogether."""
-    if together is None:
-        return math.nan if all(one is None for one in alone) else math.inf
+    if together is None and all(one is None for one in alone):
+        return math.nan
     if not isinstance(together, Tensor) or len(together) != len(alone):
         return math.inf
-    worst = 0.0
-    for mine, one, floor in zip(together, alone, least, strict=True):
-        expected = torch.zeros_like(mine) if one is None else one
-        scale = max(float(expected.norm()), floor)
-        worst = max(worst, float((mine - expected).norm()) / scale if scale else float(mine.norm() > 0))
-    return worst
+    expected = torch.stack([torch.zeros_like(together[0]) if one is None else one for one in alone])
+    scale = expected.flatten(1).norm(dim=1).clamp_min(1e-30).maximum(torch.tensor(least, device=expected.device))
+    return float(((together - expected).flatten(1).norm(dim=1) / scale).max())
 
 
 def require_private(method: nn.Module, images: Tensor, labels: Tensor | None = None) -> list[str]:
@@ -178,15 +173,13 @@ def require_private(method: nn.Module, images: Tensor, labels: Tensor | None = N
     Arguments as in :func:`compare_gradients`; two or three images suffice. Batch norm, no per-example gradients, or
     wrong ones raise ValueError.
     """
-    norms = [name for name, m in method.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms:
+    if norms := [name for name, m in method.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]:
         raise ValueError(
             f"a network with batch norm can't be private ({norms[0]} and {len(norms) - 1} more): it mixes the images "
             "of a batch; expected group norm (option norm: group of a segmenter)"
         )
     errors = compare_gradients(method, images, labels)
-    wrong = {name: error for name, error in errors.items() if error > TOLERANCE}
-    if wrong:
+    if wrong := {name: error for name, error in errors.items() if error > TOLERANCE}:
         name = max(wrong, key=wrong.get)
         raise ValueError(
             f"this network can't be private: per-example gradients of {len(wrong)} of {len(errors)} parameters differ "
@@ -220,13 +213,9 @@ class PrivateSteps:
         for name in require_private(method, images[some], None if labels is None else labels[some]):
             method.get_parameter(name).requires_grad_(False)  # never used, for example stages behind encoder_depth
         self._hooked = PerExampleGradients(method, loss_reduction="sum")
-        self.optimizer = DPOptimizer(
-            optimizer,
-            noise_multiplier=plan["noise_multiplier"],
-            max_grad_norm=plan["max_grad_norm"],
-            expected_batch_size=self.sample_rate * len(images),
-            generator=torch.Generator(images.device),
-        )
+        noise = {key: plan[key] for key in ("noise_multiplier", "max_grad_norm")}
+        noise |= dict(expected_batch_size=self.sample_rate * len(images), generator=torch.Generator(images.device))
+        self.optimizer = DPOptimizer(optimizer, **noise)
         n_weights = sum(p.numel() for p in self.optimizer.params)
         self.chunk = max(1, int((GPU_CHUNK_BYTES if images.device.type == "cuda" else CHUNK_BYTES) / (4 * n_weights)))
 
@@ -239,7 +228,7 @@ class PrivateSteps:
         """Take step number ``step`` on its Poisson batch; returns the mean loss of the batch."""
         return self.take_on(self.draw_batch(step), step, **settings)
 
-    def take_on(self, batch: np.ndarray, step: int, *, augmentation: str, size, progress: float) -> Tensor:
+    def take_on(self, batch: np.ndarray, step: int, **settings) -> Tensor:
         """Take a step on the images ``batch``: the clipped gradients are summed, noised, and divided by q N."""
         rng = seeds.rng(self.seed, "train-views", step, 0)
         self.optimizer.generator.manual_seed(seeds.derive(self.seed, "private-noise", step))
@@ -249,9 +238,7 @@ class PrivateSteps:
             self.optimizer.zero_grad(set_to_none=True)  # between parts their clipped sum stays
             if len(part):
                 extra = {} if self.labels is None else {"labels": self.labels[part]}
-                losses = self.method.losses(
-                    self.images[part], augmentation=augmentation, size=size, rng=rng, progress=progress, **extra
-                )
+                losses = self.method.losses(self.images[part], rng=rng, **settings, **extra)
                 self._hooked.backward(losses.sum())
                 total += losses.detach().sum()
             else:  # no image was drawn: the step is noise alone, and it counts

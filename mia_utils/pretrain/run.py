@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -31,10 +32,9 @@ class Run:
 
     Attributes:
         method, arch: what was trained.
-        states: epoch -> weights (``backbone.*``, and ``decoder.*`` of masked-image models); 0 is the initial state,
-            the largest is the final one.
+        states: epoch -> weights (``backbone.*``, and ``decoder.*`` of masked-image models), 0 to the final one.
         history: DataFrame with epoch, loss_members, loss_heldout, lr, seconds.
-        settings: what was trained with, as ``fit`` resolved it.
+        settings: what it was trained with, as ``fit`` resolved it.
         seconds: training time.
         utility: what the runner measured at the end.
     """
@@ -74,20 +74,13 @@ class Run:
         state = self._get_state(epoch)
         if not hasattr(registry.METHODS[self.method][0], "reconstruct"):
             return None
-        options = self.settings.get("options", {})
-        method = registry.build(self.method, self.arch, seed=self.settings["seed"], **options)
+        settings = {"seed": self.settings["seed"], **self.settings.get("options", {})}
+        method = registry.build(self.method, self.arch, **settings)
         method.load_state_dict(state, strict=False)  # the state holds all of backbone and decoder, nothing else
         return method.eval()
 
-    @property
-    def encoder(self) -> Encoder | Segmenter:
-        """The final encoder."""
-        return self.encoder_at()
-
-    @property
-    def decoder(self) -> nn.Module | None:
-        """The final autoencoder of a masked-image model, else None."""
-        return self.autoencoder_at()
+    encoder = property(encoder_at, doc="The final encoder (segmenter).")
+    decoder = property(autoencoder_at, doc="The final autoencoder of a masked-image model, else None.")
 
     def save(self, folder: str | Path) -> Path:
         """Write encoder.safetensors (the final encoder alone), one file per checkpoint and history.csv."""
@@ -116,9 +109,7 @@ class Run:
 class ResumeFile:
     """State of an unfinished training: written under another name, verified by the digest at its end, never fatal.
 
-    Args:
-        path: the file; all processes must see it, process 0 writes it.
-        settings: of the training; a file of other settings is not continued.
+    A file of other ``settings`` is not continued. All processes must see it; process 0 writes it.
     """
 
     def __init__(self, path: str | Path, settings: dict):
@@ -144,14 +135,10 @@ class ResumeFile:
     def _load(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
         if not self.path.is_file():
             raise ValueError("it is not there: put it where all machines see it")
-        digest, rest = hashlib.blake2b(digest_size=DIGEST_BYTES), self.path.stat().st_size - DIGEST_BYTES
-        with self.path.open("rb") as file:
-            while rest > 0 and (chunk := file.read(min(rest, 2**20))):
-                digest.update(chunk)
-                rest -= len(chunk)
-            if rest or file.read() != digest.digest():
-                raise ValueError("it was changed, cut off, or written by another version")
-        content = torch.load(self.path, map_location=device, weights_only=True)
+        data = self.path.read_bytes()
+        if hashlib.blake2b(data[:-DIGEST_BYTES], digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
+            raise ValueError("it was changed, cut off, or written by another version")
+        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         if content["settings"] != self.settings:
             raise ValueError("it is of other settings")
         if {k: v.shape for k, v in content["model"].items()} != {k: v.shape for k, v in model.state_dict().items()}:
