@@ -186,9 +186,8 @@ class Lab:
                     self._note(study, attack, self._run_one(attack, target, attacker, with_controls, call))
         self._table = None
         table = self.results
-        return table[
-            (table["study"] == study) & table["attack"].isin(names) & (table["control"] == "") & table["seed"].isna()
-        ]
+        own = (table["study"] == study) & table["attack"].isin(names) & (table["control"] == "") & table["seed"].isna()
+        return results.Found(table[own])
 
     def _note(self, study: str, attack: str, key: str) -> None:
         noted = self._noted.setdefault((study, attack), [])  # the first call of a notebook starts the study anew

@@ -141,6 +141,17 @@ def tabulate(
     return frame[[*first, *(name for name in frame if name not in {*first, "clear"})]]
 
 
+class Found(pd.DataFrame):
+    """Rows of the table that a notebook shows shortly: what differs between them, and the AUC with its verdict."""
+
+    def _repr_html_(self) -> str:
+        plain = pd.DataFrame(self)
+        given = "attack target n_seeds verdict key split model_id method arch dataset n_train epochs augmentation".split()
+        differs = [c for c in plain if c not in {*NUMBERS, *given} and plain[c].astype(str).nunique() > 1]
+        short = plain[["attack", "target", *differs, "n_seeds", "auc", "auc_low", "auc_high", "verdict"]]
+        return short.to_html(index=False, na_rep="", float_format="{:,.4g}".format)
+
+
 def _find_rejected(rows: list[dict]) -> set[str]:
     """Keys of the evaluations whose no-model control is rejected: Holm among all no-model rows, each split once."""
     blind = [row for row in rows if row["control"] == "no-model" and row.get("protocol") == "controlled"]

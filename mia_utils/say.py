@@ -78,8 +78,8 @@ def found(table: pd.DataFrame, by: str = "method") -> str:
         return "Too few non-members to say how many members are found at a low false positive rate"
     name = f"tpr_at_{rate}"
     top, low = own.loc[own[name].idxmax()], own.loc[own[name].idxmin()]
-    first = f"At {rate} % FPR {format_value(top[name])} of the members are found: {label_of(top[by])}"
-    return first if top[by] == low[by] else f"{first}; {format_value(low[name])}: {label_of(low[by])}"
+    first = f"At {rate} % FPR {format_value(top[name])} of {label_of(top[by])}'s members are found"
+    return first if top[by] == low[by] else f"{first}, {format_value(low[name])} of {label_of(low[by])}'s"
 
 
 def plateau(table: pd.DataFrame, x: str, unit: str = "", more: str = "") -> str:
@@ -92,7 +92,8 @@ def plateau(table: pd.DataFrame, x: str, unit: str = "", more: str = "") -> str:
     if top["verdict"] != "shown":
         return f"No leak shown at any number of {unit}: AUC {_auc(own.iloc[0])} to {_auc(last)}"
     if enough[x] == own[x].iloc[0]:
-        return f"{count(enough)} {unit} do as well as {count(last)}: AUC {_auc(enough)} and {_auc(last)}"
+        few = f"One {unit.removesuffix('s')} does" if enough[x] == 1 else f"{count(enough)} {unit} do"
+        return f"{few} as well as {count(last)}: AUC {_auc(enough)} and {_auc(last)}"
     if enough[x] == last[x]:
         return f"More {unit} still help at {count(last)}: AUC {_auc(own.iloc[0])} to {_auc(last)}"
     return f"{count(enough)} {unit} are enough: AUC {_auc(enough)}; {count(last)} give {_auc(last)}"
@@ -104,7 +105,8 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
     top, low = own.loc[own["auc"].idxmax()], own.loc[own["auc"].idxmin()]
     lead = f"{what}: " if what else ""
     if not _apart(top, low):
-        return f"{lead}no choice is clearly better: AUC {_auc(low)} to {_auc(top)}"
+        none = "no choice is clearly better" if lead else "No choice is clearly better"
+        return f"{lead}{none}: AUC {_auc(low)} to {_auc(top)}"
     return f"{lead}AUC {_auc(top)} with {label_of(top[by])}, {_auc(low)} with {label_of(low[by])}"
 
 
