@@ -92,7 +92,8 @@ def plateau(table: pd.DataFrame, x: str, unit: str = "", more: str = "") -> str:
     if top["verdict"] != "shown":
         return f"No leak shown at any number of {unit}: AUC {_auc(own.iloc[0])} to {_auc(last)}"
     if enough[x] == own[x].iloc[0]:
-        few = f"One {unit.removesuffix('s')} does" if enough[x] == 1 else f"{count(enough)} {unit} do"
+        single = unit.removesuffix("es" if unit.endswith("ches") else "s")
+        few = f"One {single} does" if enough[x] == 1 else f"{count(enough)} {unit} do"
         return f"{few} as well as {count(last)}: AUC {_auc(enough)} and {_auc(last)}"
     if enough[x] == last[x]:
         return f"More {unit} still help at {count(last)}: AUC {_auc(own.iloc[0])} to {_auc(last)}"
@@ -120,7 +121,8 @@ def versus(table: pd.DataFrame, one: str, other: str, names: tuple[str, str]) ->
         return f"{names[0]} and {names[1]} do equally well: AUC {_auc(first)} and {_auc(second)}"
     if first["auc"] < second["auc"]:
         first, second, names = second, first, names[::-1]
-    return f"{names[0]} beat {names[1]}: AUC {_auc(first)} against {_auc(second)}"
+    said = f"{names[0]} beat {names[1]}: AUC {_auc(first)} against {_auc(second)}"
+    return said[0].upper() + said[1:]
 
 
 def grows(table: pd.DataFrame, x: str = "checkpoint", unit: str = "epochs") -> str:
@@ -176,6 +178,7 @@ def rises(text: str, *, by: str = "x", falls: bool = False) -> Expectation:
         own = attacks(table).sort_values(by, kind="stable")
         first, last = own.iloc[0], own.iloc[-1]
         seen = f"AUC {_auc(first)} at {first[by]:,g} and {_auc(last)} at {last[by]:,g}"
+        seen += ", all at the ceiling" if own["auc"].min() > 0.95 else ""  # where no setting can show its worth
         if not _apart(first, last):
             return "intervals overlap", seen
         return ("met" if (last["auc"] > first["auc"]) != falls else "not met"), seen

@@ -134,3 +134,12 @@ def test_attack_colors_differ_and_numbers_are_dark():
 )
 def test_numbers_are_printed_without_a_leading_zero(value, text):
     assert plots.format_value(value) == text
+
+
+def test_targets_are_named_by_what_tells_them_apart():
+    base = dict(arch="vit_micro_patch8_32", dataset="cifar10", n_train=128, epochs=2500)
+    rows = [("mae-target", "mae", "none"), ("mae-crop-target", "mae", "crop"), ("dino-target", "dino", "dino")]
+    table = pd.DataFrame([base | dict(target=t, method=m, augmentation=a) for t, m, a in [*rows, rows[0]]])
+    names = ["MAE, whole images", "MAE, strong crops", "DINO", "MAE, whole images"]
+    assert plots.name_targets(table).tolist() == names
+    assert plots.name_targets(table.iloc[[0, 2]]).tolist() == ["MAE", "DINO"]

@@ -23,6 +23,7 @@ def make(rows):
 
 UP = make([dict(n_masks=1, auc=0.6), dict(n_masks=4, auc=0.7), dict(n_masks=64, auc=0.72)])
 FLAT = make([dict(n_masks=1, auc=0.70), dict(n_masks=64, auc=0.72)])
+PROBES = make([dict(p="a", auc=0.93), dict(p="b", auc=0.96), dict(p="c", auc=0.55)])
 NONE = make([dict(n_masks=n, auc=0.51, verdict="not shown") for n in (1, 64)])
 
 
@@ -38,6 +39,13 @@ NONE = make([dict(n_masks=n, auc=0.51, verdict="not shown") for n in (1, 64)])
         (say.shown(make([dict(auc=0.2, verdict="reversed")])), "PartCrop: no leak shown on MAE"),
         (say.grows(make([dict(checkpoint=5, auc=0.5, verdict="not shown"), dict(checkpoint=50, auc=0.9)])), "Leaks shown from 50 epochs on; AUC .90 at 50"),
         (say.transfer(make([dict(auc=0.9), dict(auc=0.13, method="simclr")])), "The attack does not transfer: mean AUC .90 from its own kind of shadow, .13 from others"),
+        (say.shown(make([dict(auc=0.9), dict(auc=0.9, attack="partcrop-v2")])), "PartCrop and PartCrop-v2 find members of MAE"),
+        (say.found(make([dict(auc=0.9, tpr_at_1=0.67), dict(auc=0.5, method="dino", tpr_at_1=0.01)])), "At 1 % FPR .67 of MAE's members are found, .01 of DINO's"),
+        (say.found(make([dict(auc=0.9, tpr_at_1=None, tpr_at_10=0.8)])), "At 10 % FPR .80 of MAE's members are found"),
+        (say.found(make([dict(auc=0.9)])), "Too few non-members to say how many members are found at a low false positive rate"),
+        (say.versus(PROBES, "p == 'a'", "p == 'b'", ("Random vectors", "own parts")), "Random vectors and own parts do equally well: AUC .93 and .96"),
+        (say.versus(PROBES, "p == 'c'", "p == 'b'", ("another image's tokens", "own parts")), "Own parts beat another image's tokens: AUC .96 against .55"),
+        (say.versus(PROBES, "p == 'd'", "p == 'b'", ("Noise", "own parts")), "Noise against own parts: not both in this profile"),
     ],
 )  # fmt: skip
 def test_a_title_says_what_the_rows_say(sentence, said):
