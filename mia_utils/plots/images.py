@@ -51,9 +51,9 @@ def image_grid(
         named: ``name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
     """
     n_rows, n_cols = len(cells), max(map(len, cells))
-    side = cell or min(1.25, (FULL - (0.9 if rows else 0.1)) / n_cols / (1.35 if arrows else 1.05))
+    side = cell or min(1.25, (FULL - (0.9 if rows else 0.1)) / n_cols / (1.5 if arrows else 1.05))
     below = 0.14 * max((len(textwrap.wrap(c or "", int(side * 16))) for r in captions or [] for c in r), default=0)
-    width = min(FULL, n_cols * side * (1.35 if arrows else 1.05) + (0.9 if rows else 0.1))
+    width = min(FULL, n_cols * side * (1.5 if arrows else 1.05) + (0.9 if rows else 0.1))
     fig, axes = make_figure(n_rows, n_cols, width=max(width, 3.6), height=n_rows * (side + below + 0.05) + 0.75)
     heats = [np.asarray(c, float) for row in cells for c in row if _kind(c) == "heat"]
     if norm is None and heats:

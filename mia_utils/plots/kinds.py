@@ -131,12 +131,13 @@ def sweep(
     """
     data = prepare(table, value, x=x, panel=panel or (lambda t: ""), line=line or (lambda t: ""))
     data["x"] = data["x"].astype(float)
-    fig, panels = make_panels(data, height=2.3, sharey=True)
+    fig, panels = make_panels(data, height=2.3, sharey=chance is not None)
     with mpl.rc_context(STYLE):
         for ax, part in panels:
             _draw_sweep(ax, part, log=log, chance=chance)
             ax.set(xlabel=xlabel or str(x), ylabel=ylabel if ax.get_subplotspec().is_first_col() else "")
-            ax.set_ylim(ylim or (_limits(data) if chance == 0.5 else None))
+            if ylim or chance == 0.5:
+                ax.set_ylim(ylim or _limits(data))
     draw_legend(fig, data, marks="line", chance=chance is not None)
     return finish(fig, data, title=make_title(title, table), **named)
 
