@@ -112,7 +112,7 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
 
 
 def versus(table: pd.DataFrame, one: str, other: str, names: tuple[str, str]) -> str:
-    """Compare the mean rows of two queries: ``Own parts beat random vectors: AUC .96 against .55``, or both do equally."""
+    """Compare the mean rows of two queries: ``Own parts beat random vectors: AUC .96 against .55``, or neither."""
     ends = ["auc", "auc_low", "auc_high"]
     first, second = (attacks(table).query(query)[ends].mean() for query in (one, other))
     if pd.isna(first["auc"]) or pd.isna(second["auc"]):
@@ -125,14 +125,16 @@ def versus(table: pd.DataFrame, one: str, other: str, names: tuple[str, str]) ->
     return said[0].upper() + said[1:]
 
 
-def grows(table: pd.DataFrame, x: str = "checkpoint", unit: str = "epochs") -> str:
+def grows(table: pd.DataFrame, x: str = "checkpoint", unit: str = "epochs", subject: str = "") -> str:
     """From which value on a leak is shown: ``MAE leaks from 150 epochs on; AUC .98 after 2,500``."""
     own = attacks(table).sort_values(x)
     found = own[own["verdict"] == "shown"]
     last = own.iloc[-1]
     if found.empty:
-        return f"No leak shown up to {last[x]:,g} {unit}: AUC {_auc(last)}"
-    return f"Leaks shown from {found[x].iloc[0]:,g} {unit} on; AUC {_auc(last)} at {last[x]:,g}"
+        said = f"No leak shown up to {last[x]:,g} {unit}: AUC {_auc(last)}"
+    else:
+        said = f"Leaks shown from {found[x].iloc[0]:,g} {unit} on; AUC {_auc(last)} at {last[x]:,g}"
+    return f"{subject}: {said[0].lower()}{said[1:]}" if subject else said
 
 
 def transfer(table: pd.DataFrame, row: str = "shadow_method", column: str = "method") -> str:
@@ -171,11 +173,11 @@ class Expectation:
         return f"“{self.text}”: {word}" + (f"; {seen}" if seen else "")
 
 
-def rises(text: str, *, by: str = "x", falls: bool = False) -> Expectation:
-    """Expect the AUC at the largest value of ``by`` above that at the smallest (``falls``: below)."""
+def rises(text: str, *, by: str = "x", falls: bool = False, query: str = "") -> Expectation:
+    """Expect the AUC at the largest value of ``by`` above that at the smallest (``falls``: below) in a query."""
 
     def judge(table: pd.DataFrame) -> tuple[str, str]:
-        own = attacks(table).sort_values(by, kind="stable")
+        own = attacks(table.query(query) if query else table).sort_values(by, kind="stable")
         first, last = own.iloc[0], own.iloc[-1]
         seen = f"AUC {_auc(first)} at {first[by]:,g} and {_auc(last)} at {last[by]:,g}"
         seen += ", all at the ceiling" if own["auc"].min() > 0.95 else ""  # where no setting can show its worth

@@ -38,6 +38,7 @@ NONE = make([dict(n_masks=n, auc=0.51, verdict="not shown") for n in (1, 64)])
         (say.shown(make([dict(auc=0.9), dict(auc=0.5, method="dino", verdict="not shown")])), "PartCrop finds members of MAE, not of DINO"),
         (say.shown(make([dict(auc=0.2, verdict="reversed")])), "PartCrop: no leak shown on MAE"),
         (say.grows(make([dict(checkpoint=5, auc=0.5, verdict="not shown"), dict(checkpoint=50, auc=0.9)])), "Leaks shown from 50 epochs on; AUC .90 at 50"),
+        (say.grows(NONE, "n_masks", "masks", "MAE"), "MAE: no leak shown up to 64 masks: AUC .51"),
         (say.transfer(make([dict(auc=0.9), dict(auc=0.13, method="simclr")])), "The attack does not transfer: mean AUC .90 from its own kind of shadow, .13 from others"),
         (say.shown(make([dict(auc=0.9), dict(auc=0.9, attack="partcrop-v2")])), "PartCrop and PartCrop-v2 find members of MAE"),
         (say.found(make([dict(auc=0.9, tpr_at_1=0.67), dict(auc=0.5, method="dino", tpr_at_1=0.01)])), "At 1 % FPR .67 of MAE's members are found, .01 of DINO's"),
@@ -54,6 +55,12 @@ def test_a_title_says_what_the_rows_say(sentence, said):
 
 def test_one_mask_that_does_as_well_is_said_so():
     assert say.plateau(FLAT, "n_masks").startswith(("1 masks do as well", "One mask does as well"))
+    assert say.plateau(FLAT, "n_masks", "patches").startswith("One patch does as well")
+
+
+def test_a_sweep_at_the_ceiling_is_said_to_be_there():
+    high = make([dict(n_masks=1, auc=0.96), dict(n_masks=64, auc=0.99)])
+    assert say.rises("it rises", by="n_masks").answer(high).endswith("at the ceiling")
 
 
 X = {"x": "n_masks"}
@@ -64,6 +71,7 @@ X = {"x": "n_masks"}
     [
         (say.rises("it rises", by="n_masks"), UP, "met"),
         (say.rises("it falls", by="n_masks", falls=True), UP, "not met"),
+        (say.rises("it rises", by="n_masks", query="n_masks < 5"), UP, "met"),
         (say.rises("it rises", by="n_masks"), FLAT, "intervals overlap"),
         (say.above("own above others", "method == 'mae'", "method == 'dino'"), make([dict(auc=0.9), dict(auc=0.5, method="dino")]), "met"),
         (say.above("own above others", "method == 'mae'", "method == 'dino'"), UP, "can't be said"),
