@@ -10,6 +10,7 @@ import pytest
 
 from mia_utils import lab as labs
 from mia_utils import paths
+from mia_utils.attacks import mim
 from mia_utils.runner import artifacts
 
 PROFILE = """
@@ -260,3 +261,16 @@ def test_study_files_are_plain_json(lab):
     lab.run("lpla", "mae-target-s0", study="main")
     (path,) = paths.get_scores_dir("tiny").glob("study-*.json")
     assert set(json.loads(path.read_text())) == {"study", "attack", "keys"}
+
+
+def test_reference_models_calibrate_at_the_epoch_that_is_named(lab):
+    call = dict(study="calibration", n_masks=2, mask_ratio=0.75, controls=False)
+    lab.run("mim", "mae-target-s0", reference=[None, ["mae-shadow-s0"]], reference_checkpoint=2, **call)
+    plain, found = (lab.scores(row)[0] for _, row in own(lab).sort_values("reference", na_position="first").iterrows())
+    assert own(lab)["reference_checkpoint"].dropna().tolist() == [2]
+    assert own(lab)["calibration"].dropna().tolist() == ["log-ratio"]
+
+    position = {name: i for i, name in enumerate(lab.pool("scenes").image_ids)}
+    images = lab.pool("scenes").images[[position[name] for name in plain.image_ids]]
+    d = mim.compute_distances(lab.model("mae-shadow-s0").autoencoder_at(2), images, n_masks=2, seed=0).mean(axis=1)
+    np.testing.assert_allclose(found.score, np.log(d) - np.log(-plain.score), rtol=1e-5, atol=1e-6)  # -log d + log d_ref
