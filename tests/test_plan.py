@@ -104,11 +104,11 @@ def test_the_plan_of_paper_tells_the_hours_of_models_and_notebooks(home, capsys,
 
 
 def test_the_models_of_a_missing_data_set_leave_the_lists_of_the_notebooks(home):
-    given = make_plan("paper").notebooks["03_partcrop"][1]["epoch_model_ids"]
+    given = make_plan("paper").notebooks["03_partcrop"][1]["probe_model_ids"]
     assert given == ["mae-target-s0", "dino-target-s0", "moco-target-s0"]
     (home / "data/raw/tiny-imagenet-200").mkdir(parents=True)
     plan = make_plan("paper")
-    assert "mae-tiny-target-s0" in plan.notebooks["03_partcrop"][1]["epoch_model_ids"]
+    assert "mae-tiny-target-s0" in plan.notebooks["03_partcrop"][1]["probe_model_ids"]
     assert {"mae-tiny-target-s0", "dino-tiny-target-s0", "moco-tiny-target-s0"} <= {row.id for row in plan.missing}
 
 
