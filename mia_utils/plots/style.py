@@ -143,7 +143,7 @@ def format_value(value: float | None, digits: int = 2) -> str:
     """Print a share without its leading zero: 0.807 -> ``.81``; an empty value gives an empty text."""
     if value is None or not np.isfinite(value):
         return ""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
+    return re.sub(r"^(-?)0\.", r"\1.", f"{round(float(value), digits) + 0.0:.{digits}f}")  # + 0: no -.00
 
 
 def format_interval(value: float, low: float, high: float) -> str:
