@@ -91,6 +91,8 @@ def execute(path: Path, given: dict[str, Any], *, skip: set[str]) -> list[tuple[
         if cell["cell_type"] == "markdown" or tags & skip:
             shown.append((cell, None))
             continue
+        values: list[Any] = []
+        shell.display_trap.hook = values.append  # the value of the last line, without "Out[0]:"
         with capture_output() as captured:
             result = shell.run_cell(source)
             if "parameters" in tags:
@@ -99,10 +101,18 @@ def execute(path: Path, given: dict[str, Any], *, skip: set[str]) -> list[tuple[
             error = result.error_in_exec or result.error_before_exec
             raise RuntimeError(f"{path.name}: {type(error).__name__}: {error}; in the cell {source.splitlines()[0]!r}")
         parts = [f"```text\n{captured.stdout.rstrip()}\n```"] if captured.stdout.strip() else []
-        parts += [to_markdown(o.data) for o in captured.outputs if not isinstance(result.result, pd.DataFrame)]
-        parts += [result.result.to_markdown(index=False, floatfmt=".3g")] if isinstance(result.result, pd.DataFrame) else []
+        parts += [to_markdown(output.data) for output in captured.outputs]
+        parts += [show_value(shell, value) for value in values if value is not None and not source.endswith(";")]
         shown.append((cell, "\n\n".join(filter(None, parts))))
     return shown
+
+
+def show_value(shell: Any, value: Any) -> str:
+    """Return the value of a cell's last line as Markdown; numbers of a table with three digits."""
+    if type(value) is not pd.DataFrame:  # a subclass says itself how it is shown
+        return to_markdown(shell.display_formatter.format(value)[0])
+    plain = value.map(lambda x: ("" if pd.isna(x) else f"{x:.3g}") if isinstance(x, float) else x)
+    return plain.to_markdown(index=False, disable_numparse=True)
 
 
 def to_markdown(data: dict[str, Any]) -> str:

@@ -299,7 +299,7 @@ def matrix(
 
 def plane(
     table: pd.DataFrame, *, x: Any, title: Any, color: Callable[[str], str], hue: str, label: Any, panel: Any = None, value: str = "auc",
-    xlabel: str = "", ylabel: str = "AUC", mark: Any = None, chance: float | None = 0.5, **named: Any,
+    xlabel: str = "", ylabel: str = "AUC", mark: Any = None, log: bool = False, guide: Any = None, chance: float | None = 0.5, **named: Any,
 ) -> Drawn:  # fmt: skip
     """Draw results as dots with intervals in a plane, for example leakage against utility; marked rows are named.
 
@@ -310,18 +310,22 @@ def plane(
         hue: column that the color says.
         label: column with the names written beside marked dots.
         mark: column of bool; marked rows are strong and named; None: all.
-        title, panel, value, xlabel, ylabel, chance: as in :func:`sweep`.
+        guide: column with a value of x, the same in a panel, where an upright line stands: the untrained model's.
+        title, panel, value, xlabel, ylabel, log, chance: as in :func:`sweep`.
         named: ``name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
     """
     data = prepare(
-        table, value, x=x, panel=panel or (lambda t: ""), hue=hue, label=label, mark=mark or (lambda t: True)
+        table, value, x=x, panel=panel or (lambda t: ""), hue=hue, label=label, mark=mark or (lambda t: True),
+        guide=guide or (lambda t: np.nan),
     )
     data["x"] = data["x"].astype(float)
-    fig, panels = make_panels(data, height=2.7, sharey=True, cols=2)
+    fig, panels = make_panels(data, height=2.7, sharey=True, cols=2 if data["panel"].nunique() <= 4 else 3)
     with mpl.rc_context(STYLE):
         for ax, part in panels:
             if chance is not None:
                 draw_chance(ax, value=chance)
+            for at in part["guide"].dropna().unique():
+                ax.axvline(at, color="#777777", linewidth=0.9, linestyle=(0, (1, 1)), zorder=0)
             for row in part[part["seed"].isna()].itertuples():
                 ink, strong = color(row.hue), bool(row.mark)
                 ax.plot([row.x, row.x], [row.low, row.high], color=ink, linewidth=0.7, alpha=0.6 if strong else 0.25)
@@ -336,5 +340,6 @@ def plane(
                         color=INK,
                     )
             ax.set(xlabel=xlabel or str(x), ylabel=ylabel if ax.get_subplotspec().is_first_col() else "")
+            ax.set_xscale("log" if log else "linear")
             ax.grid(True)
     return finish(fig, data, title=make_title(title, table), **named)
