@@ -112,7 +112,7 @@ class PatchAttacker:
         Returns:
             (N,) float64, higher = more likely a member; does not depend on the other images.
         """
-        maps = torch.from_numpy(check_features(features, "features", maps=True))
+        maps = torch.from_numpy(np.ascontiguousarray(check_features(features, "features", maps=True)))
         if tuple(maps.shape[1:]) != self._shape:
             raise ValueError(f"expected features (N, {', '.join(map(str, self._shape))}), got {tuple(maps.shape)}")
         if len(image_ids) != len(maps):
@@ -187,7 +187,7 @@ def fit(
     attacker = PatchAttacker(model, **about)
     validation_ids = [f"validation-{i}" for i in range(len(x_val))]  # positions of their own, the same at every look
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
-    rng, maps = seeds.rng(seed, "segmentation.batches"), torch.from_numpy(x)
+    rng, maps = seeds.rng(seed, "segmentation.batches"), torch.from_numpy(np.ascontiguousarray(x))
     classes = [np.flatnonzero(y), np.flatnonzero(~y)]
     per_class = min(images_per_step // 2, *map(len, classes))
     target = torch.tensor([1] * per_class + [0] * per_class, device=device)
