@@ -12,6 +12,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ PARAMETERS = {  # attack parameters whose plain name says something else about t
     "network": "attacker_network",
     "p": "norm",
 }
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def make_rows(result: Result, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -248,15 +249,17 @@ class Store:
         return self._read_archive()["rows"].get(key)
 
     def load(self, key: str) -> Result:
-        """Return the scores of an evaluation with its controls."""
+        """Return the scores of an evaluation with its controls; absent or damaged ones are one line."""
         path = self.folder / f"{key}.npz"
-        if path.is_file():
-            return Result.load(path)
-        arrays = self._read_archive()["arrays"].get(key)
-        if arrays is None:
-            raise FileNotFoundError(f"no saved scores {key}: run its notebook first")
-        with np.load(self.archive, allow_pickle=False) as file:
-            return Result.unpack({name: file[digest] for name, digest in arrays.items()})
+        try:
+            if path.is_file():
+                return Result.load(path)
+            arrays = self._read_archive()["arrays"][key]
+            with np.load(self.archive, allow_pickle=False) as file:
+                return Result.unpack({name: file[digest] for name, digest in arrays.items()})
+        except _DAMAGE as error:
+            told = " ".join(str(error).split())
+            raise ValueError(f"no readable scores {key} ({told}): run its notebook again") from None
 
     def merge(self, keys: list[str], control: str) -> dict[str, Any]:
         """Return the numbers of several seeds together; computed once, then kept."""

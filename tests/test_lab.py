@@ -149,10 +149,8 @@ def test_a_damaged_score_file_gives_the_same_numbers_or_one_line(lab, place, how
     assert own(again)["auc"].iloc[0] == want
     try:
         assert score(again).auc == want
-    except Exception as error:  # named by the check sum of the archive, never a wrong number
-        assert "CRC" in str(error) or isinstance(error, (ValueError, OSError, KeyError)) or type(error).__name__ in (
-            "BadZipFile", "error",
-        )  # fmt: skip
+    except ValueError as error:  # named, never a wrong number
+        assert "run its notebook again" in str(error)
 
 
 def test_a_damaged_archive_is_one_line(lab):
@@ -273,4 +271,5 @@ def test_reference_models_calibrate_at_the_epoch_that_is_named(lab):
     position = {name: i for i, name in enumerate(lab.pool("scenes").image_ids)}
     images = lab.pool("scenes").images[[position[name] for name in plain.image_ids]]
     d = mim.compute_distances(lab.model("mae-shadow-s0").autoencoder_at(2), images, n_masks=2, seed=0).mean(axis=1)
-    np.testing.assert_allclose(found.score, np.log(d) - np.log(-plain.score), rtol=1e-5, atol=1e-6)  # -log d + log d_ref
+    ratio = np.log(d) - np.log(-plain.score)  # -log d_target + log d_reference
+    np.testing.assert_allclose(found.score, ratio, rtol=1e-5, atol=1e-6)
