@@ -19,6 +19,7 @@ from mia_utils.runner import parameters, profiles
 
 SUMMARY = (
     "main",
+    "encoders",
     "architectures",
     "datasets",
     "probes",
@@ -48,13 +49,15 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["seed"].isna() & table["study"].isin(SUMMARY) & (table["protocol"] == "controlled")]
     facts = [c for c in ("attack", "target", "checkpoint", "knowledge", "shadow", "decoder", "reference", "defense",
                          "strength", "attacker", "probes", "query_augmentation") if c in table]  # fmt: skip
-    lines = []
+    # who knows of a defense matters only where there is one
+    table, lines = table.assign(attacker=table["attacker"].where(table["defense"] != "none", "")), []
     for _, part in table.groupby(facts, sort=False, dropna=False):
         own = part[part["control"] == ""]
         if own.empty:
             continue
-        a = own.sort_values("n_seeds").iloc[-1]
-        controls = part[part["control"] != ""].drop_duplicates("control").set_index("control")["auc"]
+        a = own.sort_values(["n_seeds", "n_nonmembers"], kind="stable").iloc[-1]
+        controls = part[(part["control"] != "") & (part["n_seeds"] == a["n_seeds"])]
+        controls = controls.drop_duplicates("control", keep="last").set_index("control")["auc"]
         defense = (
             ""
             if a["defense"] == "none"
@@ -82,7 +85,8 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         line |= {"TPR at 1 % FPR": format_value(a["tpr_at_1"]), "utility": format_value(a["utility"])}
         line |= {"untrained utility": format_value(a["utility_untrained"]), "queries": a["queries"]}
         lines.append(line | {label_of(c): format_value(controls.get(c)) for c in ("no-model", "untrained", "permuted")})
-    return pd.DataFrame(lines).drop_duplicates(ignore_index=True)
+    order = ["defense", "attack", "target", "N", "T"]
+    return pd.DataFrame(lines).drop_duplicates().sort_values(order, kind="stable", ignore_index=True) if lines else pd.DataFrame()
 
 
 def name_target(row: Any) -> str:
@@ -92,10 +96,10 @@ def name_target(row: Any) -> str:
 
 
 def name_knowledge(row: Any) -> str:
-    """Say what the attacker knows: ``some members``, ``shadow: same data, encoder, training``."""
+    """Say what the attacker knows: ``some members``, ``shadow: same data, encoder, training``, and of reference models."""
     kind, _, same = str(row["knowledge"]).partition(":")
     if kind != "shadow":
-        return "some members"
+        return "some members" + (", reference model" if isinstance(row.get("reference"), str) else "")
     known = [word for letter, word in zip("PET", ("data", "encoder", "training"), strict=True) if letter in same]
     return "shadow: " + (f"same {', '.join(known)}" if known else "nothing shared")
 
@@ -167,7 +171,59 @@ def write(profile: str) -> Path:
     path = paths.write_atomic(folder / "index.html", lambda file: file.write(page.encode()))
     if profile == "photos":
         write_tables(summary, figures, controls)
+        fill_sections(profiles.find_source("README.md"), {"findings": say_findings(results), "times": say_times()})
     return path
+
+
+FINDINGS = (  # question, query of the attack's row, what else has to be said
+    ("What leaks most?", "attack == 'mim' and target == 'mae-target' and knowledge == 'partial'",
+     ("the same training with strong crops", "attack == 'mim' and target == 'mae-crop-target' and knowledge == 'partial'")),
+    ("Does an encoder leak that is worth using?", "attack == 'encodermi-t' and target == 'simclr-target' and knowledge == 'partial'",
+     ("the same attack on DINO", "attack == 'encodermi-t' and target == 'dino-target' and knowledge == 'partial'")),
+)  # fmt: skip
+
+
+def say_findings(results: pd.DataFrame) -> str:
+    """Say the three findings of the README: attack, controls, and what they do not say; all numbers from the table."""
+    rows, lines = results[results["seed"].isna()], []
+    main = rows[(rows["study"] == "main") & (rows["defense"] == "none")]
+    for question, query, (other, query_other) in FINDINGS:
+        part, beside = main.query(query), main.query(f"{query_other} and control == ''")
+        if part.empty or beside.empty:
+            continue
+        a, blind = part[part["control"] == ""].iloc[0], part[part["control"] != ""].drop_duplicates("control")
+        auc, n = format_interval(a["auc"], a["auc_low"], a["auc_high"]), int(a["n_seeds"])
+        said = f"{label_of(a['attack'])} on {label_of(a['method'])} ({a['n_train']:,.0f} images, {a['epochs']:,.0f} epochs, "
+        said += f"{n} training{'s' * (n > 1)}): AUC {auc}, {a['verdict']}; TPR at 1 % FPR {format_value(a['tpr_at_1'])}"
+        controls = ", ".join(f"{label_of(c['control'])} {format_value(c['auc'])}" for _, c in blind.iterrows())
+        b = beside.iloc[0]
+        limits = f"{other}: {format_interval(b['auc'], b['auc_low'], b['auc_high'])}, {b['verdict']}"
+        limits += f"; linear probe {format_value(a['utility'])}, untrained {format_value(a['utility_untrained'])}"
+        lines.append(f"- **{question}** {said}. *Controls*: {controls}. *Not said*: {limits}.")
+    blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
+    if {"released-view", "controlled"} <= set(blind.index):
+        said = f"AUC {format_value(blind['released-view'])} when members come cropped and non-members whole, as in released code"
+        said += f"; {format_value(blind['controlled'])} with one view for all, as in every row here"
+        lines.append(f"- **How far does one get without any model?** {said}. *Not said*: that published attacks find nothing.")
+    return "\n".join(lines)
+
+
+def say_times() -> str:
+    """Return the measured times of the main commands as a table."""
+    path = profiles.find_source("docs", "times.csv")
+    table = pd.read_csv(path, dtype=str) if path.is_file() else pd.DataFrame(columns=["command", "what it does", "time"])
+    return to_markdown(table[table["command"].str.startswith("./run_all.sh")][["command", "what it does", "time"]].head(6))
+
+
+def fill_sections(path: Path, sections: dict[str, str]) -> None:
+    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a file; empty texts replace nothing."""
+    content = path.read_text(encoding="utf-8")
+    for name, text in sections.items():
+        parts = re.split(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", content, flags=re.S)
+        if len(parts) != 4:
+            raise ValueError(f"{path.name}: expected one section {name}:begin ... {name}:end, got {len(parts) // 3}")
+        content = f"{parts[0]}{parts[1]}{text}\n{parts[2]}{parts[3]}" if text else content
+    paths.write_atomic(path, lambda file: file.write(content.encode()))
 
 
 def say_controls(controls: pd.DataFrame) -> str:
@@ -211,6 +267,6 @@ def to_markdown(table: pd.DataFrame) -> str:
     plain = table.copy()
     for name in plain.select_dtypes("number"):
         plain[name] = [("" if pd.isna(v) else f"{v:,.4g}" if v % 1 else f"{v:,.0f}") for v in plain[name]]
-    return (
-        plain.fillna("").astype(str).replace({r"\|": "/"}, regex=True).to_markdown(index=False, disable_numparse=True)
-    )
+    text = plain.fillna("").astype(str).replace({r"\|": "/"}, regex=True)
+    lines = [text.columns, ["---"] * len(text.columns), *text.to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

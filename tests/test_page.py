@@ -1,0 +1,134 @@
+"""The page of a profile and the tables of docs/: made from a results table, figures with their texts, and notebooks."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mia_utils import page, paths, plots
+from mia_utils.lab import Lab
+from mia_utils.plots.style import make_figure
+
+
+def make_table(**facts) -> pd.DataFrame:
+    """Two attacks on two targets with their controls, one defended target, one flawed protocol."""
+    base = dict(study="main", role="target", method="mae", arch="vit_micro_patch8_32", dataset="cifar10", n_train=128)
+    base |= dict(epochs=500, checkpoint=500, augmentation="none", knowledge="partial", shadow=None, decoder="own")
+    base |= dict(reference=None, defense="none", strength=None, attacker="adaptive", protocol="controlled", seed=np.nan)
+    base |= dict(n_seeds=3, auc=0.8, auc_low=0.7, auc_high=0.9, auc_se=0.05, minimum_detectable=0.6, p=0.5, queries=8)
+    base |= dict(utility=0.4, utility_untrained=0.3, tpr_at_1=0.25, n_members=100, n_nonmembers=900, verdict="shown")
+    rows = []
+    for attack, target, method in (("mim", "mae-target", "mae"), ("partcrop", "simclr-target", "simclr")):
+        for i, control in enumerate(("", "no-model", "untrained", "permuted")):
+            auc = 0.8 if not control else 0.5 + i / 100
+            rows.append(base | dict(attack=attack, target=target, method=method, control=control, auc=auc))
+    rows.append(rows[0] | dict(defense="noise", strength=0.5, auc=0.6, verdict="not shown"))
+    rows.append(rows[0] | dict(protocol="released-view", auc=0.99))
+    rows.append(rows[0] | dict(seed=0, auc=0.7))
+    return pd.DataFrame([row | facts for row in rows])
+
+
+@pytest.fixture
+def written(home, monkeypatch):
+    """The page of profile quick over the made-up table, with one figure."""
+    monkeypatch.setattr(Lab, "results", property(lambda self: make_table()))
+    monkeypatch.setattr(page.profiles, "find_source", lambda *parts: paths.PACKAGE_ROOT.joinpath(*parts))
+    plots.use("quick")
+    fig, axes = make_figure()
+    axes[0, 0].plot([0, 1])
+    title = 'MAE <leaks> & "more"'
+    plots.finish(fig, make_table(), title=title, name="fig03_hero", paper="MIM: masks; PartCrop: main table", caption="a caption")
+    plots.use("")
+    path = page.write("quick")
+    return path, path.read_text(encoding="utf-8")
+
+
+def test_one_line_for_each_attack_with_its_controls_as_columns():
+    table = page.summarize(make_table())
+    assert table[["attack", "target", "defense"]].to_numpy().tolist() == [
+        ["MIM attack", "MAE", ""], ["PartCrop", "SimCLR", ""], ["MIM attack", "MAE", "Noise 0.5"],
+    ]  # fmt: skip
+    first = table.iloc[0]
+    assert first[["no model", "untrained model", "permuted labels"]].tolist() == [".51", ".52", ".53"]
+    assert first[["AUC", "verdict", "TPR at 1 % FPR"]].tolist() == [".80 [.70, .90]", "shown", ".25"]
+    assert page.summarize(make_table().iloc[:0]).empty
+
+
+def test_where_an_attack_was_run_twice_the_row_of_more_nonmembers_stands():
+    few = make_table(study="main", n_nonmembers=100, tpr_at_1=np.nan)
+    table = page.summarize(pd.concat([few, make_table(study="encoders")]))
+    assert len(table) == 3 and table["TPR at 1 % FPR"].iloc[0] == ".25"
+
+
+@pytest.mark.parametrize(("knowledge", "words"), [
+    ("partial", "some members"), ("shadow:PET", "shadow: same data, encoder, training"),
+    ("shadow:P--", "shadow: same data"), ("shadow:---", "shadow: nothing shared"),
+])  # fmt: skip
+def test_knowledge_is_said_in_words(knowledge, words):
+    assert page.name_knowledge({"knowledge": knowledge}) == words
+
+
+class Tags(HTMLParser):
+    """Every start tag with its attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_asks_nobody_for_anything_and_its_links_exist(written):
+    path, text = written
+    tags = Tags(text).found
+    assert not re.search(r"(?:src|href)=\"(?:https?:)?//|@import|url\(", text)
+    ids = {a["id"] for _, a in tags if "id" in a}
+    for tag, attributes in tags:
+        for target in filter(None, (attributes.get("href"), attributes.get("src"))):
+            assert target[1:] in ids if target.startswith("#") else (path.parent / target).is_file(), f"{tag}: {target}"
+
+
+def test_texts_are_escaped_and_figures_have_alternative_text_caption_and_numbers(written):
+    _, text = written
+    assert "<leaks>" not in text and "&lt;leaks&gt; &amp;" in text and "a caption" in text
+    images = [a for tag, a in Tags(text).found if tag == "img"]
+    assert any(a["alt"] == 'MAE <leaks> & "more"' for a in images) and all("alt" in a for a in images)
+    assert 'href="fig03_hero.csv"' in text
+
+
+def test_the_table_can_be_searched_and_read_without_script(written):
+    _, text = written
+    rows = re.findall(r"<tr class=\"([\w-]+)\" data-defense=\"([^\"]*)\">(.+?)</tr>", text, flags=re.S)
+    assert [(verdict, defense) for verdict, defense, _ in rows] == [("shown", ""), ("shown", ""), ("not-shown", "Noise 0.5")]
+    plain = re.sub(r"<[^>]+>", " ", rows[0][2]).lower()
+    assert all(word in plain for word in "mim attack mae .25 .51".split())  # what a reader would search for
+    heads = [a for tag, a in Tags(text).found if tag == "th"]
+    assert heads and all(a.get("scope") == "col" for a in heads) and text.count("<caption") == 2
+    assert (paths.get_figures_dir("quick") / "08_summary.csv").is_file()
+
+
+def test_the_catalog_is_made_of_what_the_figures_say():
+    figures = [{"name": "fig03_hero", "paper": "MIM: masks; PartCrop: main table"}, {"name": "fig00_x", "paper": ""}]
+    table = page.list_catalog(figures)
+    assert ("PartCrop", "main table", "fig03_hero") in set(table.itertuples(index=False, name=None))
+    assert set(table["paper"]) == set(page.UNKNOWN) and len(table) == 2 + len(page.UNKNOWN)
+
+
+def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
+    table = make_table()
+    assert page.say_findings(table) == ""
+    crops = table[table["attack"] == "mim"].assign(target="mae-crop-target", auc=0.53, verdict="not shown")
+    said = page.say_findings(pd.concat([table, crops]))
+    assert said.count("\n") == 0 and ".80 [.70, .90], shown" in said and "no model .51" in said
+    assert "strong crops: .53" in said and "not shown" in said
+
+
+def test_tables_of_docs_have_few_digits_and_no_stray_bars():
+    text = page.to_markdown(pd.DataFrame({"a": [1234.0, 0.123456, np.nan], "b": ["x|y", "", "z"]}))
+    assert text.splitlines() == ["| a | b |", "| --- | --- |", "| 1,234 | x/y |", "| 0.1235 |  |", "|  | z |"]
