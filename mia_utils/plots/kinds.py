@@ -63,6 +63,9 @@ def prepare(table: pd.DataFrame, value: str, **columns: Any) -> pd.DataFrame:
     table = table.assign(value=table[value].astype(float))
     for end in ("low", "high"):
         table[end] = table[f"{value}_{end}"].astype(float) if f"{value}_{end}" in table else np.nan
+    for name in ("label", "panel", "line", "row", "column"):  # an empty fact is a name like any other
+        if name in columns:
+            table[name] = table[name].astype(object).where(table[name].notna(), "")
     kept = [*columns, *(c for c in _KEEP if c in table and c not in columns), "value", "low", "high"]
     return table.loc[table["value"].notna(), kept]
 
@@ -90,7 +93,7 @@ def _limits(table: pd.DataFrame) -> tuple[float, float]:
     return max(0.0, min(0.42, np.nanmin(values) - 0.02)), min(1.02, max(0.62, np.nanmax(values) + 0.03))
 
 
-def draw_legend(fig: Figure, table: pd.DataFrame, *, marks: str, chance: bool = True) -> None:
+def draw_legend(fig: Figure, table: pd.DataFrame, *, marks: str, chance: bool | str = True) -> None:
     """One legend under the panels with the marks that are drawn: ``"dot"``, ``"line"``, ``"curve"`` (no markers)."""
     handles = []
     for attack in dict.fromkeys(table.loc[table["control"] == "", "attack"]):
@@ -104,7 +107,8 @@ def draw_legend(fig: Figure, table: pd.DataFrame, *, marks: str, chance: bool = 
         seed = dict(linestyle="none", marker=".", markersize=3) if marks == "dot" else dict(linewidth=0.5)
         handles.append(Line2D([], [], color="#777777", label="one seed each", **seed))
     if chance:
-        handles.append(Line2D([], [], color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), label="chance"))
+        said = chance if isinstance(chance, str) else "chance"
+        handles.append(Line2D([], [], color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), label=said))
     with mpl.rc_context(STYLE):
         per_row = max(2, int(fig.get_size_inches()[0] / 1.25))
         fig.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), per_row), handlelength=2.4)
@@ -196,13 +200,13 @@ def dots(
     same = data.groupby("panel", sort=False)["label"].agg(lambda part: tuple(dict.fromkeys(part))).nunique() == 1
     short = same and data["label"].astype(str).str.len().max() <= 14
     fig, panels = make_panels(
-        data, height=lines * max(0.22, 0.11 * keys) + 0.5, cols=3 if short else 2, sharey=bool(same), width=FULL
+        data, height=lines * max(0.22, 0.135 * keys) + 0.5, cols=3 if short else 2, sharey=bool(same), width=FULL
     )
     with mpl.rc_context(STYLE):
         for ax, part in panels:
             _draw_dots(ax, part, chance=chance)
             ax.set(xlabel=xlabel, xlim=xlim or (_limits(data) if chance == 0.5 else None))
-    draw_legend(fig, data, marks="dot", chance=chance is not None)
+    draw_legend(fig, data, marks="dot", chance="no difference" if chance == 0 else chance is not None)
     return finish(fig, data, title=make_title(title, table), **named)
 
 
@@ -326,7 +330,8 @@ def plane(
                 draw_chance(ax, value=chance)
             for at in part["guide"].dropna().unique():
                 ax.axvline(at, color="#777777", linewidth=0.9, linestyle=(0, (1, 1)), zorder=0)
-            for row in part[part["seed"].isna()].itertuples():
+            rows = part[part["seed"].isna()].sort_values("value", ascending=False, kind="stable")
+            for row, above in zip(rows.itertuples(), rows["mark"].astype(bool).cumsum() % 2, strict=True):
                 ink, strong = color(row.hue), bool(row.mark)
                 ax.plot([row.x, row.x], [row.low, row.high], color=ink, linewidth=0.7, alpha=0.6 if strong else 0.25)
                 ax.plot(row.x, row.value, "o", color=ink, alpha=1 if strong else 0.35, markersize=5 if strong else 3.5)
@@ -334,7 +339,7 @@ def plane(
                     ax.annotate(
                         str(row.label),
                         (row.x, row.value),
-                        xytext=(5, 3),
+                        xytext=(5, 3 if above else -8),  # names of neighbors keep clear of each other
                         textcoords="offset points",
                         fontsize=6,
                         color=INK,
