@@ -10,7 +10,6 @@ full run is kept in ``data/results/<profile>.json`` and shown again, so that a r
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -116,12 +115,9 @@ def show_value(shell: Any, value: Any) -> str:
 
 
 def to_markdown(data: dict[str, Any]) -> str:
-    """Return one output of a cell as Markdown: its own, a table, or its text."""
+    """Return one output of a cell as Markdown: its own, or its text."""
     if "text/markdown" in data:
         return "".join(data["text/markdown"])
-    if "text/html" in data and "<table" in "".join(data["text/html"]):
-        table = pd.read_html(io.StringIO("".join(data["text/html"])))[0]
-        return table.loc[:, [not str(c).startswith("Unnamed") for c in table]].to_markdown(index=False, floatfmt=".3g")
     text = "".join(data.get("text/plain", ""))
     return f"```text\n{text}\n```" if text and not text.startswith("<") else ""
 

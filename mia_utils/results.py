@@ -146,11 +146,17 @@ class Found(pd.DataFrame):
     """Rows of the table that a notebook shows shortly: what differs between them, and the AUC with its verdict."""
 
     def _repr_html_(self) -> str:
+        return self._shorten().to_html(index=False, na_rep="", float_format="{:,.4g}".format)
+
+    def _repr_markdown_(self) -> str:
+        plain = self._shorten().map(lambda x: ("" if pd.isna(x) else f"{x:,.3g}") if isinstance(x, float) else x)
+        return plain.to_markdown(index=False, disable_numparse=True)
+
+    def _shorten(self) -> pd.DataFrame:
         plain = pd.DataFrame(self)
         given = "attack target n_seeds verdict key split model_id method arch dataset n_train epochs augmentation".split()
         differs = [c for c in plain if c not in {*NUMBERS, *given} and plain[c].astype(str).nunique() > 1]
-        short = plain[["attack", "target", *differs, "n_seeds", "auc", "auc_low", "auc_high", "verdict"]]
-        return short.to_html(index=False, na_rep="", float_format="{:,.4g}".format)
+        return plain[["attack", "target", *differs, "n_seeds", "auc", "auc_low", "auc_high", "verdict"]]
 
 
 def _find_rejected(rows: list[dict]) -> set[str]:
