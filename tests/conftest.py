@@ -1,8 +1,11 @@
-"""What all tests share: one thread, and a working folder of their own for tests that write."""
+"""What all tests share: one thread, a working folder of their own for tests that write, and one run of profile smoke."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import pytest
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+_SMOKE = pytest.StashKey[tuple]()
 
 
 @pytest.fixture
@@ -30,3 +35,51 @@ def no_download(monkeypatch):
     from mia_utils.datasets import camvid
 
     monkeypatch.setattr(camvid, "URL", "http://127.0.0.1:9/camvid.zip")
+
+
+# ------------------------------------------------------------------- the longest test begins first, beside all others
+
+
+def start_smoke() -> tuple[Path, subprocess.Popen, Path]:
+    """Start ``run_all.sh smoke`` in a home of its own: rows trained once, all notebooks executed, two jobs at a time."""
+    folder = tempfile.TemporaryDirectory(prefix="mia smoke ", ignore_cleanup_errors=True)
+    home, log = Path(folder.name), Path(folder.name) / "smoke.log"
+    environment = {k: v for k, v in os.environ.items() if k not in ("MIA_DATA_DIR", "MIA_ARTIFACTS")}
+    environment |= {"MIA_HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"}
+    root = str(Path(__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "mia_utils.runner.run", "smoke"]
+        process = subprocess.Popen(command, env=environment, cwd=home, stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True)  # fmt: skip
+    process.environment, process.folder = environment, folder
+    return home, process, log
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the run as soon as it is known that a test waits for it."""
+    if not session.config.option.collectonly and any("smoke" in getattr(i, "fixturenames", ()) for i in session.items):
+        session.config.stash[_SMOKE] = start_smoke()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits for the run comes last."""
+    items.sort(key=lambda item: "smoke" in getattr(item, "fixturenames", ()))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the run where the session ended before it, and remove its home."""
+    if (found := config.stash.get(_SMOKE, None)) is not None:
+        _, process, _ = found
+        if process.poll() is None:
+            import signal
+
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+        process.folder.cleanup()
+
+
+@pytest.fixture(scope="session")
+def smoke_run(pytestconfig: pytest.Config) -> tuple[Path, subprocess.Popen, Path]:
+    """Home, process (with its ``environment``) and log of the run of profile smoke that began with the session."""
+    return pytestconfig.stash[_SMOKE]
