@@ -1,0 +1,21 @@
+"""Was this model trained on these images? An audit of any encoder or segmenter with two folders of images.
+
+``mia-audit MODEL SUSPECTED_FOLDER REFERENCE_FOLDER``, or ``audit.run(model, suspected, reference)``
+
+The suspected images are compared with reference images that were surely not used and are otherwise alike (same source,
+period, camera and preparation). Published audits compared images of different origin, and then an attacker who never
+queries the model does as well (Das, Zhang, Tramer, arXiv 2406.16201). So the gates come first: where files, copies or
+pixels tell the two sets apart, the audit is invalid, whatever the attacks say.
+"""
+
+import importlib
+
+# Loaded when first used: the command line answers --help and bad arguments before torch is imported.
+_PUBLIC = {"run": "examine", "compare": "examine", "compare_segmenter": "examine", "Report": "record"}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"mia_utils.audit.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'mia_utils.audit' has no attribute {name!r}")

@@ -1,0 +1,271 @@
+"""The attacks of an audit, and one p-value for all of them.
+
+An audit that tries many attacks and reports the best one finds leaks everywhere. So the p-value is that of the
+*maximum*: sides are assigned anew at random, every attack is run again on every assignment, and the largest
+standardized AUC is compared (Westfall and Young 1993). That is exact whatever the attacks are and however they depend
+on each other, as long as suspected and reference images are exchangeable where nothing leaks.
+
+Attackers that train have to be trained again for every assignment. Networks would take hours; kernel ridge regression
+is linear in the labels, so 10,000 trainings are one matrix product.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from scipy.spatial.distance import pdist, squareform
+from torch.nn import functional as F
+
+from mia_utils import attacks, seeds
+from mia_utils.attacks.registry import find_missing, get_attack, split_params
+from mia_utils.models import views
+
+N_PERMUTATIONS, N_FOLDS = 9_999, 5
+FEWEST_TO_FIT = 40  # independent images a side: fewer train no attacker
+RIDGE = 1.0
+POWER = float(stats.norm.ppf(0.8))
+GRID = (12, 16)  # loss maps are averaged to this many cells before a kernel sees them
+AUGMENTATIONS = ("crop", "simclr", "crop-weak", "dino")  # of queries; how the model was trained is rarely known
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attack as it is tried: its label in the report, the model it queries and its parameters."""
+
+    attack: str
+    model: Any = field(repr=False)
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """For example ``"encodermi-t, augmentation crop"``."""
+        return ", ".join([self.attack, *(f"{key} {value}" for key, value in self.params.items() if key != "n_crops")])
+
+    @property
+    def fitted(self) -> bool:
+        """Whether an attacker is trained on features."""
+        return get_attack(self.attack).fitted
+
+    def query(self, pool, seed: int) -> np.ndarray:
+        """Query the model about all images: scores (N,), higher = more likely a member, or features (N, F)."""
+        attack = get_attack(self.attack)
+        call, _ = split_params(attack, self.params)
+        call |= {"masks": pool.masks} if "labels" in attack.needs else {}
+        x = attack.extract(self.model, pool.images, image_ids=pool.image_ids, seed=seed, **call)
+        x = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{self.label}: the model gave values that are not finite")
+        return _arrange(self.attack, x) if self.fitted else np.asarray(attack.score(x), np.float64)
+
+
+def choose(
+    model: Any, decoder: Any, pool, *, names: Sequence[str] = (), augmentations: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None, n_units: int,
+) -> tuple[list[Attempt], list[str]]:  # fmt: skip
+    """Choose what is tried.
+
+    Args:
+        model, decoder: encoder or segmenter, and the autoencoder that goes with it or None.
+        pool: the images (masks decide about segmentation attacks).
+        names: attacks; empty: the battery.
+        augmentations: of the queries of EncoderMI, the model's own first.
+        settings: parameters; each goes to the attacks that take it.
+        n_units: independent units of the smaller side.
+
+    Returns:
+        What is tried, the cheapest first, and lines that say what is not and why.
+    """
+    settings, skipped, made = dict(settings or {}), [], []
+    if names:
+        wanted = list(names)
+    elif "posteriors" in getattr(model, "offers", ()):
+        wanted = ["seg-global-loss", "seg-label-only", "seg-loss-map"]
+    else:
+        wanted = ["lpla", "token-spread", "mim", "encodermi-t", "partcrop"]
+    used = set()
+    for name in wanted:
+        attack = get_attack(name)
+        queried = decoder if "reconstruct" in attack.needs and decoder is not None else model
+        reason = ""
+        if missing := find_missing(attack, queried):
+            reason = f"needs {', '.join(sorted(missing))}, which the model lacks"
+        elif "labels" in attack.needs and pool.masks is None:
+            reason = "needs label maps"
+        elif attack.fitted and n_units < FEWEST_TO_FIT:
+            reason = f"trains an attacker, which needs {FEWEST_TO_FIT} independent images a side, there are {n_units}"
+        if reason and names:
+            raise ValueError(f"attack {name!r} {reason}")
+        if reason:
+            skipped.append(f"{name}: {reason}")
+            continue
+        takes = {key: value for key, value in settings.items() if _takes(attack, key)}
+        used |= set(takes)
+        if name == "partcrop" and not names:
+            takes.setdefault("n_crops", 64)  # as strong as the paper's 128 on a few hundred images
+        swept = dict.fromkeys(augmentations) if _takes(attack, "augmentation") and "augmentation" not in takes else ()
+        made += [Attempt(name, queried, takes | {"augmentation": a}) for a in swept] or [Attempt(name, queried, takes)]
+    if unknown := sorted(set(settings) - used):
+        raise ValueError(f"none of {', '.join(wanted)} takes a parameter {unknown[0]!r}")
+    if not made:
+        raise ValueError(f"no attack fits this model: {'; '.join(skipped)}")
+    return made, skipped
+
+
+def _takes(attack: attacks.Attack, key: str) -> bool:
+    try:
+        return key in split_params(attack, {key: None})[0]
+    except ValueError:
+        return False
+
+
+def _arrange(name: str, x: np.ndarray) -> np.ndarray:
+    """Features (N, ...) as a kernel compares them: crops and views have no order, loss maps too many pixels."""
+    if x.ndim == 4:
+        maps = torch.from_numpy(x.astype(np.float32))
+        grid = [min(a, b) for a, b in zip(maps.shape[2:], GRID, strict=True)]
+        return F.adaptive_avg_pool2d(maps, grid).flatten(1).numpy()
+    if name.startswith("partcrop"):
+        return np.concatenate([np.sort(part, axis=1) for part in np.split(x, 2, axis=1)], axis=1)
+    return np.sort(x, axis=1) if name.startswith("encodermi") else x
+
+
+def measure_seconds(attempt: Attempt, pool, n: int = 8) -> float:
+    """Estimate the seconds that an attempt takes, from n images."""
+    few = pool.take(np.arange(min(n, len(pool))))
+    attempt.query(few, 0)  # a first call pays for tables and kernels
+    start = time.perf_counter()
+    attempt.query(few, 0)
+    return (time.perf_counter() - start) * len(pool) / len(few)
+
+
+# ------------------------------------------------------------------------------------------------- one p-value
+
+
+class Found(NamedTuple):
+    """What a search over K attacks found: the arrays are (K,), in the order of the attacks.
+
+    auc: of the labels as they are; sd: its standard deviation under permuted labels; z: standardized; p_single: p of
+    each attack alone; p: of the largest z of all; p_reversed: of the smallest; detectable: AUC of each that is seen
+    with 80 % power at the level asked, after the correction for the search.
+    """
+
+    auc: np.ndarray
+    sd: np.ndarray
+    z: np.ndarray
+    p_single: np.ndarray
+    p: float
+    p_reversed: float
+    detectable: np.ndarray
+
+
+def assign_folds(is_member: np.ndarray, units: np.ndarray, seed: int) -> np.ndarray:
+    """Assign units to five folds, every side evenly: (N,) int; one fold where a side has fewer than ten units."""
+    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
+    fold, rng = np.zeros(len(first), int), seeds.rng(seed, "audit.folds")
+    for side in (True, False) if np.bincount(is_member[first], minlength=2).min() >= 2 * N_FOLDS else ():
+        here = np.flatnonzero(is_member[first] == side)
+        fold[rng.permutation(here)] = np.arange(len(here)) % N_FOLDS
+    return fold[unit]
+
+
+def make_smoother(features: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Kernel ridge regression, cross-fitted, as the matrix that turns labels into scores: (N, F) -> (N, N).
+
+    The kernel is the mean of a linear and a Gaussian one on standardized features; nothing in it depends on labels.
+    """
+    x = np.asarray(features, np.float64)
+    sd = x.std(axis=0)
+    x = np.clip((x - x.mean(axis=0))[:, sd > 1e-12] / sd[sd > 1e-12], -5, 5)
+    if not x.shape[1]:
+        return np.zeros((len(x), len(x)))
+    distance = squareform(pdist(x, "sqeuclidean"))
+    kernel = (np.exp(-distance / max(2 * np.median(distance), 1e-12)) + x @ x.T / x.shape[1]) / 2
+    smoother = np.zeros_like(kernel)
+    for f in range(N_FOLDS):
+        own, rest = np.flatnonzero(fold == f), np.flatnonzero(fold != f)
+        inverse = np.linalg.inv(kernel[np.ix_(rest, rest)] + RIDGE * np.eye(len(rest)))
+        smoother[np.ix_(own, rest)] = kernel[np.ix_(own, rest)] @ inverse
+    return smoother
+
+
+def score_fitted(smoother: np.ndarray, is_member: np.ndarray) -> np.ndarray:
+    """Out-of-fold scores (N,) of the attacker that :func:`make_smoother` describes, higher = more likely a member."""
+    return smoother @ (is_member - is_member.mean())
+
+
+def search(
+    entries: Mapping[str, np.ndarray], is_member: np.ndarray, units: np.ndarray, fold: np.ndarray, *, seed: int,
+    level: float = 0.01, two_sided: bool = False,
+) -> Found:  # fmt: skip
+    """Compare the largest standardized AUC of all attacks with that of permuted sides.
+
+    Args:
+        entries: label -> scores (N,), or the smoother (N, N) of an attacker that is trained anew for every assignment.
+        is_member: (N,) bool, constant within a unit.
+        units: (N,) what is independent: the image or its group.
+        fold: (N,) of :func:`assign_folds`; sides are permuted within folds, so that the folds stay balanced.
+        seed, level: of the stream; for ``detectable``.
+        two_sided: large means far from the mean on either side (gates).
+    """
+    fixed = np.array([x for x in entries.values() if x.ndim == 1]).reshape(-1, len(is_member))
+    ranks, smoothers = stats.rankdata(fixed, axis=1), [x for x in entries.values() if x.ndim == 2]
+    parts = []
+    for side in _draw_sides(is_member, units, fold, seed):
+        m = side.sum(axis=1)
+        auc = [(side @ r - m * (m + 1) / 2) / (m * (side.shape[1] - m)) for r in ranks]
+        score = [(side - m[:, None] / side.shape[1]) @ h.T for h in smoothers]
+        parts.append(np.stack(auc + [_average_folds(s, side, fold) for s in score], axis=1))
+    auc = np.concatenate(parts)  # (B + 1, K), the observed assignment first
+    order = np.argsort(np.argsort([x.ndim == 2 for x in entries.values()], kind="stable"))
+    auc = auc[:, order]
+    mean, sd = auc.mean(axis=0), np.maximum(auc.std(axis=0), 1e-9)  # over all, the observed one included: exact
+    z = (auc - mean) / sd
+    z = np.abs(z) if two_sided else z
+    # rounding must not tell equal statistics apart
+    high, low, tiny = z.max(axis=1), -z.min(axis=1), 1e-6
+    critical = float(np.quantile(high, 1 - level))
+    return Found(
+        auc=auc[0], sd=sd, z=z[0], p_single=(z >= z[0] - tiny).mean(axis=0), p=float((high >= high[0] - tiny).mean()),
+        p_reversed=float((low >= low[0] - tiny).mean()), detectable=np.minimum(mean + (critical + POWER) * sd, 1.0),
+    )  # fmt: skip
+
+
+def _draw_sides(is_member: np.ndarray, units: np.ndarray, fold: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Yield assignments of sides (b, N) float64 in chunks, the observed one first."""
+    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
+    rng, left = seeds.rng(seed, "audit.sides"), N_PERMUTATIONS
+    yield is_member[None].astype(np.float64)
+    chunk = max(1, int(2e7 / len(is_member)))
+    while left:
+        side = np.empty((min(chunk, left), len(first)))
+        for f in np.unique(fold):
+            here = np.flatnonzero(fold[first] == f)
+            order = rng.random((len(side), len(here))).argsort(axis=1)
+            side[:, here] = is_member[first][here][order]
+        yield side[:, unit]
+        left -= len(side)
+
+
+def _average_folds(score: np.ndarray, side: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Mean over folds of the AUC within a fold: scores and sides (b, N) -> (b,)."""
+    total, folds = 0.0, np.unique(fold)
+    for f in folds:
+        s, y = score[:, fold == f], side[:, fold == f]
+        m = y.sum(axis=1)
+        rank = stats.rankdata(s, axis=1)
+        total = total + ((rank * y).sum(axis=1) - m * (m + 1) / 2) / (m * (y.shape[1] - m))
+    return total / len(folds)
+
+
+def order_augmentations(own: str | None, given: Sequence[str]) -> list[str]:
+    """Query augmentations to try: those given, else that of the training, then the usual ones; names are checked."""
+    names = list(given) or list(dict.fromkeys([*([own] if own not in (None, "", "none") else []), *AUGMENTATIONS]))
+    for name in names:
+        views.parse_augmentation(name)
+    return names
