@@ -1,4 +1,4 @@
-"""The audit: invalid where folders differ without the model, one exact p-value for a battery, a record of what was found."""
+"""The audit: invalid where folders differ without the model, one exact p-value for a battery, a record."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_pixels_that_differ_are_invalid_on_either_side(encoder, pool, change, fi
         report = audit.compare(encoder, one, other, **FAST)
         assert report.void and report.exit_code == 4 and report.verdict.startswith("INVALID")
         assert report.found is None and "No model was queried" in report.verdict
-        assert "without the model" in report.verdict and any(name in report.verdict for name in (field, "all statistics"))
+        assert "without the model" in report.verdict and any(f in report.verdict for f in (field, "all statistics"))
 
 
 def test_segmenters_are_audited_by_their_losses_and_groups_are_kept(pool, tmp_path):
@@ -155,7 +155,8 @@ def test_the_attacker_is_cross_fitted_ridge_regression_and_the_aucs_are_those_of
     assert all(not h[np.ix_(fold == f, fold == f)].any() for f in range(5))
     score = battery.score_fitted(h, side)
     found = battery.search({"fitted": h, "plain": x[:, 0]}, side, units, fold, seed=0)
-    expected = np.mean([[a > b for a in score[(fold == f) & side] for b in score[(fold == f) & ~side]] for f in range(5)])
+    sides = [(score[(fold == f) & side], score[(fold == f) & ~side]) for f in range(5)]
+    expected = np.mean([(a[:, None] > b).mean() for a, b in sides])
     assert found.auc[0] == pytest.approx(expected) and found.auc[0] > 0.7 and found.p == pytest.approx(1e-4)
     assert found.auc[1] == pytest.approx(np.mean(x[side, 0][:, None] > x[~side, 0]))
     assert (found.detectable > 0.5 + 2 * found.sd).all() and found.p_reversed > 0.9
@@ -208,7 +209,8 @@ def test_copies_are_found_re_encoded_scaled_and_cropped(pool):
             return np.asarray(image.resize((24, 24)).resize((32, 32)))
         return np.asarray(image.crop((1, 1, 32, 32)).resize((32, 32)))
 
-    changed = np.stack([again(image, kind) for image, kind in zip(pool.images[:20], ["scaled", "cropped"] * 10, strict=True)])
+    kinds = ["scaled", "cropped"] * 10
+    changed = np.stack([again(image, kind) for image, kind in zip(pool.images[:20], kinds, strict=True)])
     images, side = np.concatenate([pool.images, changed]), np.arange(140) < 120
     across, within = gates.find_copies(images, side)
     assert len({i for i, j in across if j == i + 120}) >= 18  # 20 in all
@@ -301,7 +303,7 @@ def test_the_command_line_reports_checks_and_fails_on_demand(encoder, pool, tmp_
     lossy = write(tmp_path / "c", pool.images[30:48], "jpg")
     assert cli.main([weights, mine, lossy]) == 4 and "format" in capsys.readouterr().out
     (tmp_path / "mine.py").write_text(
-        "from mia_utils.models import encoders\ndef make():\n    return encoders.wrap(lambda x: x.mean((2, 3)), size=32)\n"
+        "from mia_utils import encoders\ndef make():\n    return encoders.wrap(lambda x: x.mean((2, 3)), size=32)\n"
     )
     assert cli.main([f"{tmp_path}/mine.py:make", mine, other, "--attack", "encodermi-t"]) == 5
 
@@ -371,7 +373,10 @@ def test_canaries_rank_the_published_twin_and_the_p_value_is_exact(pool, tmp_pat
     assert len(published) == 12 and (out / "commitment.txt").read_text().strip()
     seen = np.stack([np.asarray(Image.open(f)).astype(np.float32) / 255 for f in published])
 
-    found = commands.rank_canaries(lambda images: -np.abs(images[:, None] / 255.0 - seen[None]).mean((2, 3, 4)).min(1), out)
+    def leaks(images):
+        return -np.abs(images[:, None] / 255.0 - seen[None]).mean((2, 3, 4)).min(1)
+
+    found = commands.rank_canaries(leaks, out)
     assert found.p < 1e-6 and found.n == 12
     rng = np.random.default_rng(0)
     ps = [commands.rank_canaries(lambda images: rng.normal(size=len(images)), out).p for _ in range(40)]

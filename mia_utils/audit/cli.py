@@ -89,14 +89,14 @@ def make_parser() -> Parser:
     add("reference", help="folder of images that were surely not used and are otherwise alike")
     add("--task", choices=("auto", "encoder", "segmenter"), default="auto")
     add("--arch", help="backbone, where the weights do not tell")
-    add("--arch-args", action="append", default=[], metavar="K=V", help="further arguments of the backbone: num_heads=12")
+    add("--arch-args", action="append", default=[], metavar="K=V", help="more of the backbone: num_heads=12")
     add("--mean", type=parse_colors, help="normalization: one number or three, between commas")
     add("--std", type=parse_colors)
     add("--weights", default=None, help="auto, ema, teacher, student, or a key of the file")
     add("--pooling", choices=("cls", "mean"))
     add("--size", type=parse_size, help="pixels, or HEIGHTxWIDTH (default: the model's)")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    add("--attack", type=parse_names, default=[], metavar="NAMES", help="auto (all that fit), or names between commas")
+    add("--attack", type=parse_names, default=[], metavar="NAMES", help="auto (all that fit), or names")
     add("--augmentation", type=parse_names, default=[], metavar="NAMES", help="of the queries: auto, or names")
     add("--set", action="append", default=[], metavar="K=V", dest="settings", help="parameters of attacks: n_views=20")
     add("--groups", metavar="RULE", help="images that belong together (video, patients): subfolder or prefix:REGEX")
@@ -113,10 +113,6 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else [str(part) for part in argv]
-    if argv[:1] in (["views"], ["outputs"], ["canaries"]):
-        from mia_utils.audit import commands  # has a parser of its own
-
-        return commands.main(argv)
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     try:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ TWIN_CELLS, TWIN_STRENGTH = 4, 24  # of the smooth random pattern that tells twi
 
 
 def write_views(
-    folder: str | Path, out: str | Path, *, size: int = 224, n: int = 10, augmentations: Sequence[str] = ("crop", "simclr"),
-    seed: int = 0,
+    folder: str | Path, out: str | Path, *, size: int = 224, n: int = 10,
+    augmentations: Sequence[str] = ("crop", "simclr"), seed: int = 0,
 ) -> int:  # fmt: skip
     """Write what to send to an API as ``OUT/FOLDER/IMAGE/VIEW.png``; images that are there already are left alone."""
     pool = datasets.load(f"folder:{folder}", size=size)
@@ -67,7 +68,7 @@ class Stored(battery.Attempt):
 
 
 def read_outputs(path: str | Path) -> dict[str, np.ndarray]:
-    """Read vectors by the names of their views: an npz with ``names`` and ``features``, or a CSV (name, numbers ...)."""
+    """Read vectors by the names of their views: an npz with ``names`` and ``features``, or a CSV of name, numbers."""
     path = Path(path)
     try:
         if path.suffix == ".npz":
@@ -77,23 +78,26 @@ def read_outputs(path: str | Path) -> dict[str, np.ndarray]:
             rows = [row for row in csv.reader(path.open(newline="")) if row]
             names, features = [row[0] for row in rows], np.array([row[1:] for row in rows], np.float32)
     except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path.name} can't be read ({error}): expected names and features, or name, numbers") from None
+        raise ValueError(f"{path.name} can't be read ({error}): names and features are expected") from None
     if features.ndim != 2 or len(names) != len(features):
         raise ValueError(f"{path.name}: expected one vector per name, got {len(names)} names and {features.shape}")
     return dict(zip(names, features, strict=True))
 
 
-def audit_outputs(features: str | Path, suspected: str | Path, reference: str | Path, *, size: int = 224, **options) -> Report:
+def audit_outputs(
+    features: str | Path, suspected: str | Path, reference: str | Path, *, size: int = 224, **options
+) -> Report:
     """Audit what came back from an API: the names are those of the views below ``--out``."""
     found = read_outputs(features)
-    p = examine.plan(encoders.wrap(lambda x: x.mean((2, 3)), size=size, name=f"outputs in {Path(features).name}"),
-                     suspected, reference, attack="encodermi-t", size=size)  # fmt: skip
+    model = encoders.wrap(lambda x: x.mean((2, 3)), size=size, name=f"outputs in {Path(features).name}")  # never used
+    p = examine.plan(model, suspected, reference, attack="encodermi-t", size=size)
     by_view: dict[str, dict[str, list]] = {}
     for side, name in zip(p.is_member, p.pool.image_ids.tolist(), strict=True):
         prefix = f"{p.names[0 if side else 1]}/{name.partition('/')[2]}/"
-        own = {key[len(prefix):].removesuffix(".png"): key for key in found if key.startswith(prefix)}  # fmt: skip
+        own = {key.removeprefix(prefix).removesuffix(".png"): key for key in found if key.startswith(prefix)}
         if not own:
-            raise ValueError(f"{Path(features).name} holds no outputs of {prefix}: expected names such as {prefix}whole.png")
+            expected = f"expected names such as {prefix}{WHOLE}.png"
+            raise ValueError(f"{Path(features).name} holds no outputs of {prefix}: {expected}")
         for view in sorted(own):
             by_view.setdefault(view.rpartition("-")[0] or view, {}).setdefault(name, []).append(found[own[view]])
     p.attempts, n = [], min(p.is_member.sum(), (~p.is_member).sum())
@@ -146,7 +150,7 @@ def make_canaries(folder: str | Path, out: str | Path, *, k: int = 20, seed: int
             digests[f"{stem}/{j:03d}"] = hashlib.sha256(twin.tobytes()).hexdigest()
             Image.fromarray(twin).save(out / "secret" / stem / f"{j:03d}.png")
         (out / "publish").mkdir(exist_ok=True)
-        (out / "publish" / f"{stem}.png").write_bytes((out / "secret" / stem / f"{chosen[stem]:03d}.png").read_bytes())
+        shutil.copy(out / "secret" / stem / f"{chosen[stem]:03d}.png", out / "publish" / f"{stem}.png")
     text = json.dumps({"seed": seed, "k": k, "published": chosen, "twins": digests}, indent=1)
     (out / "secret.json").write_text(text)
     (out / "commitment.txt").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
@@ -156,7 +160,7 @@ def make_canaries(folder: str | Path, out: str | Path, *, k: int = 20, seed: int
 def rank_canaries(score: Callable[[np.ndarray], np.ndarray], folder: str | Path, *, seed: int = 0) -> Ranked:
     """Rank every published image among its twins by ``score(images (K, H, W, 3) uint8) -> (K,)``, higher = member.
 
-    The sum of n ranks that are uniform on 0 .. K - 1 has a known distribution, so p is exact; ties are broken at random.
+    The sum of n uniform ranks 0 .. K - 1 has a known distribution, so p is exact; ties are broken at random.
     """
     folder = Path(folder)
     text = (folder / "secret.json").read_text()
@@ -177,10 +181,9 @@ def rank_canaries(score: Callable[[np.ndarray], np.ndarray], folder: str | Path,
     return Ranked(float(chance[total:].sum()), n, k, total / n / (k - 1))
 
 
-def score_twins(model: str | Path, *, augmentation: str = "crop", n_views: int = 20) -> Callable[[np.ndarray], np.ndarray]:
+def score_twins(model: str | Path, **options) -> Callable[[np.ndarray], np.ndarray]:
     """EncoderMI-T of a model as :func:`rank_canaries` takes it; all twins of an image get the same views."""
     encoder = examine.open_subject(model, task="encoder").model
-    options = {"n_views": n_views, "augmentation": augmentation}
     return lambda images: encodermi.score_threshold(
         encodermi.extract_features(encoder, images, image_ids=["twin"] * len(images), **options)
     )
@@ -202,7 +205,8 @@ def main(argv: list[str]) -> int:
         parser.add_argument("--size", type=int, default=224, help="pixels the model takes (the same in both commands)")
     if kind in ("views", "canaries test"):
         parser.add_argument("--n", type=int, default=10, help="views of an image")
-        parser.add_argument("--augmentation", type=cli.parse_names, default=["crop", "simclr"][: 2 if kind == "views" else 1])
+        default = ["crop", "simclr"] if kind == "views" else ["crop"]
+        parser.add_argument("--augmentation", type=cli.parse_names, default=default)
     if kind == "canaries make":
         parser.add_argument("-k", type=int, default=20, help="twins of an image, of which one is published")
     o = parser.parse_args(rest)
@@ -220,9 +224,11 @@ def main(argv: list[str]) -> int:
             out = make_canaries(o.folder, o.out, k=o.k, seed=o.seed)
             print(f"publish {out / 'publish'} with {out / 'commitment.txt'}; keep {out / 'secret.json'} and secret/")
         else:
-            found = rank_canaries(score_twins(o.model, augmentation=o.augmentation[0], n_views=o.n), o.folder, seed=o.seed)
+            score = score_twins(o.model, augmentation=o.augmentation[0], n_views=o.n)
+            found = rank_canaries(score, o.folder, seed=o.seed)
             said = "trained on what was published" if found.p <= 0.01 else "not shown"
-            print(f"{found.n} canaries among {found.k} twins: mean rank {found.mean_rank:.2f}, p = {found.p:.2g}: {said}")
+            ranks = f"{found.n} canaries among {found.k} twins: mean rank {found.mean_rank:.2f}"
+            print(f"{ranks}, p = {found.p:.2g}: {said}")
             return 3 if found.p <= 0.01 else 0
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

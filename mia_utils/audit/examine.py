@@ -101,7 +101,7 @@ def _call(path: Path, name: str) -> Any:
     made = getattr(module, name, None)
     model = made() if callable(made) else None
     if not {"embed", "posteriors"} & set(getattr(model, "offers", ())):
-        raise ValueError(f"{path.name}:{name} gave {type(model).__name__}: return encoders.wrap(...) or segmenters.wrap")
+        raise ValueError(f"{path.name}:{name} gave {type(model).__name__}: return what wrap() makes")
     return model
 
 
@@ -129,10 +129,10 @@ def _read(source: Source, size: tuple[int, int] | None, name: str, groups: str |
     if task == "segmenter" and pool.masks is None:
         raise ValueError(f"{name}: {pool.name!r} has no label maps: expected a folder with images and masks in it")
     if task == "encoder":
-        images = pool.images
+        images, labels = pool.images, np.zeros(len(pool), int)
         if size is not None and images.shape[1:3] != size:
             images = np.stack([np.asarray(folders.cover(Image.fromarray(image), size)) for image in images])
-        pool = datasets.Pool(pool.name, images, np.zeros(len(pool), int), pool.image_ids, None, ("all",), groups=pool.groups)
+        pool = datasets.Pool(pool.name, images, labels, pool.image_ids, None, ("all",), groups=pool.groups)
     if groups:
         pool = replace(pool, groups=_read_groups(pool.image_ids, groups))
     return pool, files
@@ -202,7 +202,8 @@ def plan(
     renamed = {"image_ids": pool.image_ids, "groups": pool.groups}
     for key, value in renamed.items():
         if value is not None:
-            renamed[key] = np.array([re.sub("^strangers/", "reference/", re.sub("^members/", "suspected/", x)) for x in value])
+            side = np.where(is_member, "suspected/", "reference/")  # the streams of an audit have these names
+            renamed[key] = np.strings.add(side, np.array([x.partition("/")[2] for x in value.tolist()]))
     pool = replace(pool, **renamed)
     across, within = gates.find_copies(pool.images, is_member)
     notes, drop = [], set() if pool.groups is not None else {j for _, j in within}
@@ -231,7 +232,8 @@ def plan(
         worst = int(np.argmax(seconds))
         skipped.append(f"{attempts.pop(worst).label}: about {seconds.pop(worst) / 60:.1f} min do not fit the budget")
     both = [files, other_files] if files and other_files else []
-    return Plan(subject, pool, is_member, (mine.name, other.name), both, attempts, seconds, skipped, notes, across, len(drop))
+    told = (mine.name, other.name), both, attempts, seconds, skipped, notes, across, len(drop)
+    return Plan(subject, pool, is_member, *told)
 
 
 def run(
@@ -317,7 +319,7 @@ def _attack(report: Report, p: Plan, untrained: Any, seed: int) -> None:
 
 def compare(
     encoder: Any, suspected: Source, reference: Source, *, attack: str = "encodermi-t", untrained: Any = "auto",
-    size: int | None = None, level: float = 0.01, seed: int = 0, **params: Any,
+    size: int | tuple[int, int] | None = None, level: float = 0.01, seed: int = 0, **params: Any,
 ) -> Report:  # fmt: skip
     """Audit an encoder with one attack; arguments as in :func:`run`, ``params`` are the attack's."""
     options = dict(untrained=untrained, size=size, level=level, seed=seed, settings=params)
@@ -325,9 +327,7 @@ def compare(
 
 
 def compare_segmenter(
-    segmenter: Any, suspected: Source, reference: Source, *, attack: str = "seg-global-loss", untrained: Any = "auto",
-    size: int | tuple[int, int] | None = None, level: float = 0.01, seed: int = 0, **params: Any,
-) -> Report:  # fmt: skip
-    """Audit a segmenter with one attack; arguments as in :func:`run`, ``params`` are the attack's."""
-    options = dict(untrained=untrained, size=size, level=level, seed=seed, settings=params)
-    return run(segmenter, suspected, reference, attack=attack, **options)
+    segmenter: Any, suspected: Source, reference: Source, *, attack: str = "seg-global-loss", **options: Any
+) -> Report:
+    """Audit a segmenter with one attack; arguments as in :func:`compare`."""
+    return compare(segmenter, suspected, reference, attack=attack, **options)

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from mia_utils import seeds
 from mia_utils.audit import battery
-from mia_utils.datasets import folders
 from mia_utils.protocol import controls, intervals, metrics
 from mia_utils.protocol.result import Result
 
@@ -234,7 +233,8 @@ def compare_pixels(
         rejected |= intervals.two_sided(strict.auc, strict.auc_low, strict.auc_high).rejected
     control = intervals.Control(result.auc, result.auc_low, result.auc_high, rejected=rejected)
     auc = intervals.format_auc(found.auc[int(np.argmax(found.z))])
-    shown = f"no-model control {intervals.format_interval(*control[:3])}; strongest: {worst}, AUC {auc}, p = {found.p:.2g}"
+    strongest = f"strongest: {worst}, AUC {auc}, p = {found.p:.2g}"
+    shown = f"no-model control {intervals.format_interval(*control[:3])}; {strongest}"
     if rejected:
         shown = f"the two sets can be told apart without the model: {shown}"
     return Gate("pixels", not rejected, shown), result, control

@@ -133,7 +133,8 @@ class Report:
         failed = [gate.found for gate in self.gates if not gate.passed]
         if not failed and self.untrained and self.untrained[2] <= self.level:
             label, auc, p = self.untrained
-            failed = [f"an untrained model tells the two sets apart as well ({label}: AUC {format_auc(auc)}, p = {p:.2g})"]
+            numbers = f"{label}: AUC {format_auc(auc)}, p = {p:.2g}"
+            failed = [f"an untrained model tells the two sets apart as well ({numbers})"]
         return "; ".join(failed)
 
     @property
@@ -169,7 +170,8 @@ class Report:
         tried = f"p = {self.p_value:.2g} over {n} attack{'s' * (n > 1)} tried"
         seen = f"an AUC of {format_auc(self.minimum_detectable)} would have been seen"
         if self.exit_code == LEAK:
-            return f"LEAK SHOWN: the suspected images score higher ({auc}; {tried}), if the folders differ in nothing else."
+            how = f"{auc}; {tried}"
+            return f"LEAK SHOWN: the suspected images score higher ({how}), if the folders differ in nothing else."
         if self.p_value <= self.level:
             why = intervals.say(self.decided)
             return f"INCONCLUSIVE: the suspected images score higher ({auc}; {tried}), but {why}: use more images."
@@ -178,7 +180,8 @@ class Report:
             return f"INCONCLUSIVE: the suspected images score lower than chance allows ({low}): the folders differ."
         if self.exit_code == NOTHING:
             return f"NOTHING FOUND at level {self.level:g} ({tried}; best {auc}; {seen} in each with 80 % power)."
-        return f"INCONCLUSIVE: not shown at level {self.level:g} ({tried}; best {auc}), and only {seen}: use more images."
+        shown = f"not shown at level {self.level:g} ({tried}; best {auc})"
+        return f"INCONCLUSIVE: {shown}, and only {seen}: use more images."
 
     @property
     def assumed(self) -> list[str]:
@@ -237,7 +240,8 @@ class Report:
     def plot(self, kind: str = "forest") -> plots.Drawn:
         """Draw ``"forest"`` (all attacks with intervals), ``"roc"`` (log-log) or ``"histogram"`` of the best attack."""
         if kind == "forest":
-            rows = [row | {"control": "", "label": row["attack"], "attack": row["attack"].split(",")[0]} for row in self.rows]
+            named = [(row, {"label": row["attack"], "attack": row["attack"].split(",")[0]}) for row in self.rows]
+            rows = [row | names | {"control": ""} for row, names in named]
             rows.append({"label": "no model", "attack": "no-model", "control": "no-model"})
             rows[-1] |= dict(zip(("auc", "auc_low", "auc_high"), self.control[:3], strict=True))
             table = pd.DataFrame(rows).assign(seed=None, method="")
@@ -253,7 +257,8 @@ class Report:
                 ax.set(xscale="log", yscale="log", xlabel="reference images flagged", ylabel="suspected images flagged")
                 return plots.finish(fig, pd.DataFrame(found._asdict()), title=f"ROC of {self.best}")
             edges = np.histogram_bin_edges(best.score, 24)
-            for side, color, name in ((True, plots.MEMBER_COLOR, "suspected"), (False, plots.NONMEMBER_COLOR, "reference")):
+            sides = (True, plots.MEMBER_COLOR, "suspected"), (False, plots.NONMEMBER_COLOR, "reference")
+            for side, color, name in sides:
                 share = np.histogram(best.score[self.is_member == side], edges)[0] / (self.is_member == side).sum()
                 ax.stairs(share, edges, color=color, fill=True, alpha=0.3, label=name)
             ax.set(xlabel="score, higher = more likely a member", ylabel="share of images")
@@ -269,12 +274,13 @@ class Report:
         if self.found:
             table = self.scores
             for i in sorted(self.thumbnails, key=lambda i: -table[self.best][i]):
-                images.append({"id": str(self.image_ids[i]), "percentile": table["percentile"][i]}
-                              | {"source": _encode(self.thumbnails[i])})  # fmt: skip
+                what = {"id": str(self.image_ids[i]), "percentile": table["percentile"][i]}
+                images.append(what | {"source": _encode(self.thumbnails[i])})
         page = jinja2.Environment(autoescape=True).from_string(text)
-        power = _tell_power(self)
-        more = dict(figures=drawn, images=images, power=power, ways=WAYS_OUT[self.exit_code], no_proof=NO_PROOF)
-        return page.render(report=self, audit=self.to_dict(), rows=self.rows, odds=self.odds if self.found else [], **more)
+        found = self.to_dict()
+        more = dict(figures=drawn, images=images, power=_tell_power(self), no_proof=NO_PROOF)
+        more |= dict(rows=self.rows, odds=found["odds"], ways=WAYS_OUT[self.exit_code])
+        return page.render(report=self, audit=found, **more)
 
     def _repr_html_(self) -> str:
         return f'<iframe srcdoc="{html.escape(self.to_html())}" style="width:100%;height:640px;border:0"></iframe>'
@@ -310,4 +316,5 @@ def describe_run(command: str, seed: int, hashes: dict[str, str], seconds: float
     versions = {name: metadata.version(name) for name in ("torch", "timm", "numpy", "scipy")}
     versions |= {"python": sys.version.split()[0], "mia_utils": __version__}
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"command": command, "seed": seed, "hashes": hashes, "seconds": round(seconds, 1), "versions": versions, "made": made}
+    out = {"command": command, "seed": seed, "hashes": hashes, "versions": versions, "made": made}
+    return out | {"seconds": round(seconds, 1)}
