@@ -1,4 +1,4 @@
-"""The page of a profile, ``figures/<profile>/index.html``, and the tables of ``docs/``: what a reader looks things up in.
+"""The page of a profile, ``figures/<profile>/index.html``, the tables of ``docs/`` and the numbers of the README.
 
 Everything is read from what other commands wrote: PNG files with their texts, the results table, the notebooks.
 """
@@ -14,20 +14,10 @@ import jinja2
 import pandas as pd
 
 from mia_utils import __version__, course, lab, paths
-from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
+from mia_utils.plots.style import format_interval, format_value, label_of
 from mia_utils.runner import parameters, profiles
 
-SUMMARY = (
-    "main",
-    "encoders",
-    "architectures",
-    "datasets",
-    "probes",
-    "calibration",
-    "defenses",
-    "output-defenses",
-    "segmenter-defenses",
-)
+SUMMARY = "main encoders architectures datasets probes calibration defenses output-defenses segmenter-defenses".split()
 UNKNOWN = {  # figures and tables of the papers whose content is not among our sources
     "PartCrop": "Figures 1, 3 to 7, its tables",
     "MIM": "its figures and tables by number",
@@ -58,35 +48,21 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         a = own.sort_values(["n_seeds", "n_nonmembers"], kind="stable").iloc[-1]
         controls = part[(part["control"] != "") & (part["n_seeds"] == a["n_seeds"])]
         controls = controls.drop_duplicates("control", keep="last").set_index("control")["auc"]
-        defense = (
-            ""
-            if a["defense"] == "none"
-            else f"{label_of(a['defense'])} {'' if pd.isna(a['strength']) else a['strength']}".strip()
-        )
-        decoder = label_of(a["decoder"]) if a["attack"] == "mim" else ""
-        line = {
-            "attack": label_of(a["attack"]),
-            "target": name_target(a),
-            "data": label_of(a["dataset"]),
-            "N": a["n_train"],
-        }
-        line |= {"T": a["checkpoint"], "trained with": WORDS.get(a["augmentation"], a["augmentation"]), "knowledge": name_knowledge(a)}
-        line |= {
-            "decoder": decoder,
-            "defense": defense,
-            "attacker": a["attacker"] if defense else "",
-            "seeds": a["n_seeds"],
-        }
-        line |= {
-            "auc": a["auc"],
-            "AUC": format_interval(a["auc"], a["auc_low"], a["auc_high"]),
-            "verdict": a["verdict"],
-        }
-        line |= {"TPR at 1 % FPR": format_value(a["tpr_at_1"]), "utility": format_value(a["utility"])}
-        line |= {"untrained utility": format_value(a["utility_untrained"]), "queries": a["queries"]}
-        lines.append(line | {label_of(c): format_value(controls.get(c)) for c in ("no-model", "untrained", "permuted")})
+        strength = "" if pd.isna(a["strength"]) else a["strength"]
+        defense = "" if a["defense"] == "none" else f"{label_of(a['defense'])} {strength}".strip()
+        line = {"attack": label_of(a["attack"]), "target": name_target(a), "data": label_of(a["dataset"])}
+        line |= {"N": a["n_train"], "T": a["checkpoint"], "trained with": label_of(a["augmentation"])}
+        line |= {"knowledge": name_knowledge(a), "decoder": label_of(a["decoder"]) if a["attack"] == "mim" else ""}
+        line |= {"defense": defense, "attacker": a["attacker"] if defense else "", "seeds": a["n_seeds"]}
+        line |= {"auc": a["auc"], "AUC": format_interval(a["auc"], a["auc_low"], a["auc_high"])}
+        line |= {"verdict": a["verdict"], "TPR at 1 % FPR": format_value(a["tpr_at_1"])}
+        line |= {"utility": format_value(a["utility"]), "untrained utility": format_value(a["utility_untrained"])}
+        line |= {label_of(c): format_value(controls.get(c)) for c in ("no-model", "untrained", "permuted")}
+        lines.append(line | {"queries": a["queries"]})
+    if not lines:
+        return pd.DataFrame()
     order = ["defense", "attack", "target", "N", "T"]
-    return pd.DataFrame(lines).drop_duplicates().sort_values(order, kind="stable", ignore_index=True) if lines else pd.DataFrame()
+    return pd.DataFrame(lines).drop_duplicates().sort_values(order, kind="stable", ignore_index=True)
 
 
 def name_target(row: Any) -> str:
@@ -96,7 +72,7 @@ def name_target(row: Any) -> str:
 
 
 def name_knowledge(row: Any) -> str:
-    """Say what the attacker knows: ``some members``, ``shadow: same data, encoder, training``, and of reference models."""
+    """Say what the attacker knows: ``some members``, ``shadow: same data, encoder, training`` ..."""
     kind, _, same = str(row["knowledge"]).partition(":")
     if kind != "shadow":
         return "some members" + (", reference model" if isinstance(row.get("reference"), str) else "")
@@ -144,20 +120,15 @@ def read_chapters() -> list[dict[str, str]]:
 
 def list_catalog(figures: list[dict[str, Any]]) -> pd.DataFrame:
     """Return which item of which paper each figure regenerates, as the figures themselves say."""
-    rows = [
-        (*map(str.strip, item.split(":", 1)), f["name"])
-        for f in figures
-        if f["paper"]
-        for item in f["paper"].split(";")
-    ]
+    said = [(item, f["name"]) for f in figures if f["paper"] for item in f["paper"].split(";")]
+    rows = [(*map(str.strip, item.split(":", 1)), name) for item, name in said]
     rows += [(paper, f"content not among our sources: {what}", "") for paper, what in UNKNOWN.items()]
-    return pd.DataFrame(rows, columns=["paper", "item", "figure"]).sort_values(
-        "paper", kind="stable", ignore_index=True
-    )
+    table = pd.DataFrame(rows, columns=["paper", "item", "figure"])
+    return table.sort_values("paper", kind="stable", ignore_index=True)
 
 
 def write(profile: str) -> Path:
-    """Write ``index.html`` of a profile, its summary as CSV, and for ``photos`` the tables of ``docs/``; returns the page."""
+    """Write page and summary of a profile, for ``photos`` also the tables of ``docs/``; returns the page."""
     results = lab.open(profile).results
     folder, summary, figures = paths.get_figures_dir(profile), summarize(results), read_figures(profile)
     controls = course.judge_controls(results) if len(results) else pd.DataFrame()
@@ -165,8 +136,9 @@ def write(profile: str) -> Path:
     paths.write_atomic(folder / "08_summary.csv", lambda file: file.write(text.encode()))
     environment = jinja2.Environment(loader=jinja2.PackageLoader("mia_utils", "."), autoescape=True, trim_blocks=True)
     page = environment.get_template("page.html").render(
-        profile=profile, version=__version__, figures=figures, chapters=read_chapters(), summary=summary.to_dict("records"),
-        columns=[c for c in summary if c != "auc"], catalog=list_catalog(figures).to_dict("records"), controls=say_controls(controls),
+        profile=profile, version=__version__, figures=figures, chapters=read_chapters(),
+        summary=summary.to_dict("records"), columns=[c for c in summary if c != "auc"],
+        catalog=list_catalog(figures).to_dict("records"), controls=say_controls(controls),
     )  # fmt: skip
     path = paths.write_atomic(folder / "index.html", lambda file: file.write(page.encode()))
     if profile == "photos":
@@ -175,48 +147,57 @@ def write(profile: str) -> Path:
     return path
 
 
-FINDINGS = (  # question, query of the attack's row, what else has to be said
-    ("What leaks most?", "attack == 'mim' and target == 'mae-target' and knowledge == 'partial'",
-     ("the same training with strong crops", "attack == 'mim' and target == 'mae-crop-target' and knowledge == 'partial'")),
-    ("Does an encoder leak that is worth using?", "attack == 'encodermi-t' and target == 'simclr-target' and knowledge == 'partial'",
-     ("the same attack on DINO", "attack == 'encodermi-t' and target == 'dino-target' and knowledge == 'partial'")),
+_PARTIAL = "knowledge == 'partial' and attack =="
+FINDINGS = (  # question; query of the attack's rows; what has to be said beside it, and where it stands
+    ("What leaks most?", f"target == 'mae-target' and {_PARTIAL} 'mim'",
+     "the same method with strong crops", f"target == 'mae-crop-target' and {_PARTIAL} 'mim'"),
+    ("Does an encoder leak that is worth using?", f"target == 'simclr-target' and {_PARTIAL} 'encodermi-t'",
+     "the same attack on DINO", f"target == 'dino-target' and {_PARTIAL} 'encodermi-t'"),
 )  # fmt: skip
 
 
 def say_findings(results: pd.DataFrame) -> str:
-    """Say the three findings of the README: attack, controls, and what they do not say; all numbers from the table."""
+    """Say the README's findings: attack, controls, and what they do not say; all numbers from the table."""
     rows, lines = results[results["seed"].isna()], []
     main = rows[(rows["study"] == "main") & (rows["defense"] == "none")]
-    for question, query, (other, query_other) in FINDINGS:
+    for question, query, other, query_other in FINDINGS:
         part, beside = main.query(query), main.query(f"{query_other} and control == ''")
         if part.empty or beside.empty:
             continue
-        a, blind = part[part["control"] == ""].iloc[0], part[part["control"] != ""].drop_duplicates("control")
-        auc, n = format_interval(a["auc"], a["auc_low"], a["auc_high"]), int(a["n_seeds"])
-        said = f"{label_of(a['attack'])} on {label_of(a['method'])} ({a['n_train']:,.0f} images, {a['epochs']:,.0f} epochs, "
-        said += f"{n} training{'s' * (n > 1)}): AUC {auc}, {a['verdict']}; TPR at 1 % FPR {format_value(a['tpr_at_1'])}"
+        a, b, n = part[part["control"] == ""].iloc[0], beside.iloc[0], int(part["n_seeds"].iloc[0])
+        name = f"{label_of(a['attack'])} on {label_of(a['method'])}"
+        how = f"{a['n_train']:,.0f} images, {a['epochs']:,.0f} epochs, {n} training{'s' * (n > 1)}"
+        auc, auc_b = (f"{format_interval(r['auc'], r['auc_low'], r['auc_high'])}, {r['verdict']}" for r in (a, b))
+        blind = part[part["control"] != ""].drop_duplicates("control")
         controls = ", ".join(f"{label_of(c['control'])} {format_value(c['auc'])}" for _, c in blind.iterrows())
-        b = beside.iloc[0]
-        limits = f"{other}: {format_interval(b['auc'], b['auc_low'], b['auc_high'])}, {b['verdict']}"
-        limits += f"; linear probe {format_value(a['utility'])}, untrained {format_value(a['utility_untrained'])}"
-        lines.append(f"- **{question}** {said}. *Controls*: {controls}. *Not said*: {limits}.")
+        worth = f"utility {format_value(a['utility'])}, untrained {format_value(a['utility_untrained'])}"
+        rate = f"TPR at 1 % FPR {format_value(a['tpr_at_1'])}"
+        lines.append(
+            f"- **{question}** {name} ({how}): AUC {auc}; {rate}. *Controls*: {controls}. "
+            f"*Beside it*: {worth}; {other}: AUC {auc_b}. *It does not say* how much larger encoders leak."
+        )
     blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
     if {"released-view", "controlled"} <= set(blind.index):
-        said = f"AUC {format_value(blind['released-view'])} when members come cropped and non-members whole, as in released code"
-        said += f"; {format_value(blind['controlled'])} with one view for all, as in every row here"
-        lines.append(f"- **How far does one get without any model?** {said}. *Not said*: that published attacks find nothing.")
+        flawed, clean = (format_value(blind[protocol]) for protocol in ("released-view", "controlled"))
+        lines.append(
+            f"- **How far does one get without any model?** To AUC {flawed} when members come cropped and non-members "
+            f"whole, as in released code; *control*: {clean} with one view for all, as in every row here. "
+            "*It does not say* that published attacks find nothing."
+        )
     return "\n".join(lines)
 
 
 def say_times() -> str:
     """Return the measured times of the main commands as a table."""
     path = profiles.find_source("docs", "times.csv")
-    table = pd.read_csv(path, dtype=str) if path.is_file() else pd.DataFrame(columns=["command", "what it does", "time"])
-    return to_markdown(table[table["command"].str.startswith("./run_all.sh")][["command", "what it does", "time"]].head(6))
+    if not path.is_file():
+        return ""
+    table = pd.read_csv(path, dtype=str)[["command", "what it does", "time"]]
+    return to_markdown(table[table["command"].str.startswith("./run_all.sh")].head(6))
 
 
 def fill_sections(path: Path, sections: dict[str, str]) -> None:
-    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a file; empty texts replace nothing."""
+    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``; empty texts replace nothing."""
     content = path.read_text(encoding="utf-8")
     for name, text in sections.items():
         parts = re.split(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", content, flags=re.S)
@@ -230,9 +211,7 @@ def say_controls(controls: pd.DataFrame) -> str:
     """Say how the controls came out, and the smallest AUC that this rule would have rejected in each family."""
     if controls.empty:
         return "No control was run."
-    bars = (
-        controls.groupby("family", sort=False)["rejects_above"].median().dropna() if "rejects_above" in controls else {}
-    )
+    bars = controls.groupby("family", sort=False)["rejects_above"].median().dropna()
     said = "; ".join(f"{label_of(family)}: {format_value(bar)}" for family, bar in dict(bars).items())
     n = int(controls["rejected"].sum())
     text = f"{len(controls)} distinct control rows, {n or 'none'} rejected (Holm at .01 in each family)."
@@ -242,15 +221,13 @@ def say_controls(controls: pd.DataFrame) -> str:
 def write_tables(summary: pd.DataFrame, figures: list[dict[str, Any]], controls: pd.DataFrame) -> None:
     """Write ``docs/results.md``, ``catalog.md``, ``benchmarks.md`` and ``times.md``."""
     docs = profiles.find_source("docs")
-    columns = ["attack", "target", "data", "N", "T", "trained with", "knowledge", "defense", "seeds", "AUC", "verdict",
-               "TPR at 1 % FPR", "utility", "untrained utility", "no model", "untrained model", "permuted labels"]  # fmt: skip
-    pages = {"results": ("Results of profile photos", f"{say_controls(controls)}\n\n{to_markdown(summary[columns])}")}
+    left_out = ["auc", "decoder", "attacker", "queries"]
+    results = to_markdown(summary.drop(columns=left_out))
+    pages = {"results": ("Results of profile photos", f"{say_controls(controls)}\n\n{results}")}
     pages["catalog"] = ("Figures and tables of the four papers", to_markdown(list_catalog(figures)))
     timed = profiles.find_source("docs", "times.csv")
-    pages["times"] = (
-        "Measured times",
-        to_markdown(pd.read_csv(timed, dtype=str).fillna("")) if timed.is_file() else "",
-    )
+    times = to_markdown(pd.read_csv(timed, dtype=str).fillna("")) if timed.is_file() else ""
+    pages["times"] = ("Measured times", times)
     folder, parts = profiles.find_source("benchmarks", "results"), []
     for path in sorted(folder.glob("*.csv")):
         frame = pd.read_csv(path)

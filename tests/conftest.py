@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a working folder of their own for tests that write, and one run of profile smoke."""
+"""What all tests share: one thread, a folder of their own for tests that write, and one run of profile smoke."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def no_download(monkeypatch):
 
 
 def start_smoke() -> tuple[Path, subprocess.Popen, Path]:
-    """Start ``run_all.sh smoke`` in a home of its own: rows trained once, all notebooks executed, two jobs at a time."""
+    """Start ``run_all.sh smoke`` in a home of its own: rows trained once, all notebooks executed."""
     folder = tempfile.TemporaryDirectory(prefix="mia smoke ", ignore_cleanup_errors=True)
     home, log = Path(folder.name), Path(folder.name) / "smoke.log"
     environment = {k: v for k, v in os.environ.items() if k not in ("MIA_DATA_DIR", "MIA_ARTIFACTS")}

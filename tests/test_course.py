@@ -147,7 +147,11 @@ def test_the_profiles_overrides_count_as_its_parameters(book):
 
 def test_valid_controls_pass_and_say_what_would_have_been_rejected(book, capsys):
     table = book().controls(pd.concat([make_rows(), make_rows(seed=1)]))
-    assert len(table) == 6 and not table["rejected"].any() and set(table["family"]) == {"no-model", "untrained", "permuted"}
+    assert (
+        len(table) == 6
+        and not table["rejected"].any()
+        and set(table["family"]) == {"no-model", "untrained", "permuted"}
+    )
     assert "6 distinct control rows, none rejected" in capsys.readouterr().out
     # two rows a family: .05 above .5 at 95 % reaches further at a quarter of a percent
     assert table["rejects_above"].to_numpy() == pytest.approx(0.5 + 0.05 * 2.807 / 1.960, abs=1e-3)

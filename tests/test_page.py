@@ -41,7 +41,9 @@ def written(home, monkeypatch):
     fig, axes = make_figure()
     axes[0, 0].plot([0, 1])
     title = 'MAE <leaks> & "more"'
-    plots.finish(fig, make_table(), title=title, name="fig03_hero", paper="MIM: masks; PartCrop: main table", caption="a caption")
+    plots.finish(
+        fig, make_table(), title=title, name="fig03_hero", paper="MIM: masks; PartCrop: main table", caption="a caption"
+    )
     plots.use("")
     path = page.write("quick")
     return path, path.read_text(encoding="utf-8")
@@ -105,7 +107,11 @@ def test_texts_are_escaped_and_figures_have_alternative_text_caption_and_numbers
 def test_the_table_can_be_searched_and_read_without_script(written):
     _, text = written
     rows = re.findall(r"<tr class=\"([\w-]+)\" data-defense=\"([^\"]*)\">(.+?)</tr>", text, flags=re.S)
-    assert [(verdict, defense) for verdict, defense, _ in rows] == [("shown", ""), ("shown", ""), ("not-shown", "Noise 0.5")]
+    assert [(verdict, defense) for verdict, defense, _ in rows] == [
+        ("shown", ""),
+        ("shown", ""),
+        ("not-shown", "Noise 0.5"),
+    ]
     plain = re.sub(r"<[^>]+>", " ", rows[0][2]).lower()
     assert all(word in plain for word in "mim attack mae .25 .51".split())  # what a reader would search for
     heads = [a for tag, a in Tags(text).found if tag == "th"]
@@ -126,7 +132,7 @@ def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
     crops = table[table["attack"] == "mim"].assign(target="mae-crop-target", auc=0.53, verdict="not shown")
     said = page.say_findings(pd.concat([table, crops]))
     assert said.count("\n") == 0 and ".80 [.70, .90], shown" in said and "no model .51" in said
-    assert "strong crops: .53" in said and "not shown" in said
+    assert "strong crops: AUC .53" in said and "not shown" in said
 
 
 def test_tables_of_docs_have_few_digits_and_no_stray_bars():

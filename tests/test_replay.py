@@ -37,7 +37,9 @@ def book(home, monkeypatch):
     executed.write_text(json.dumps({"cells": cells}))
     replay.keep_outputs("photos", executed)
     monkeypatch.setattr(replay.parameters, "find_notebooks", lambda: {"03_demo": path})
-    monkeypatch.setattr(replay.parameters, "merge_parameters", lambda profile, name, given: given | {"profile": "photos"})
+    monkeypatch.setattr(
+        replay.parameters, "merge_parameters", lambda profile, name, given: given | {"profile": "photos"}
+    )
     return path
 
 
