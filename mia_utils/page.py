@@ -14,7 +14,7 @@ import jinja2
 import pandas as pd
 
 from mia_utils import __version__, course, lab, paths
-from mia_utils.plots.style import format_interval, format_value, label_of
+from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
 from mia_utils.runner import parameters, profiles
 
 SUMMARY = "main encoders architectures datasets probes calibration defenses output-defenses segmenter-defenses".split()
@@ -51,7 +51,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         strength = "" if pd.isna(a["strength"]) else a["strength"]
         defense = "" if a["defense"] == "none" else f"{label_of(a['defense'])} {strength}".strip()
         line = {"attack": label_of(a["attack"]), "target": name_target(a), "data": label_of(a["dataset"])}
-        line |= {"N": a["n_train"], "T": a["checkpoint"], "trained with": label_of(a["augmentation"])}
+        line |= {"N": a["n_train"], "T": a["checkpoint"], "trained with": WORDS.get(a["augmentation"])}
         line |= {"knowledge": name_knowledge(a), "decoder": label_of(a["decoder"]) if a["attack"] == "mim" else ""}
         line |= {"defense": defense, "attacker": a["attacker"] if defense else "", "seeds": a["n_seeds"]}
         line |= {"auc": a["auc"], "AUC": format_interval(a["auc"], a["auc_low"], a["auc_high"])}

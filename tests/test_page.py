@@ -56,6 +56,7 @@ def test_one_line_for_each_attack_with_its_controls_as_columns():
     ]  # fmt: skip
     first = table.iloc[0]
     assert first[["no model", "untrained model", "permuted labels"]].tolist() == [".51", ".52", ".53"]
+    assert first["trained with"] == "whole images"
     assert first[["AUC", "verdict", "TPR at 1 % FPR"]].tolist() == [".80 [.70, .90]", "shown", ".25"]
     assert page.summarize(make_table().iloc[:0]).empty
 
