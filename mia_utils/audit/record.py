@@ -22,7 +22,7 @@ from PIL import Image
 from mia_utils import __version__, paths, plots
 from mia_utils.audit.battery import Found
 from mia_utils.audit.gates import Gate
-from mia_utils.plots.style import STYLE
+from mia_utils.plots.style import STYLE, label_of
 from mia_utils.protocol import intervals
 from mia_utils.protocol.intervals import Control, Verdict, format_auc, format_interval
 from mia_utils.protocol.result import Result
@@ -240,8 +240,10 @@ class Report:
     def plot(self, kind: str = "forest") -> plots.Drawn:
         """Draw ``"forest"`` (all attacks with intervals), ``"roc"`` (log-log) or ``"histogram"`` of the best attack."""
         if kind == "forest":
-            named = [(row, {"label": row["attack"], "attack": row["attack"].split(",")[0]}) for row in self.rows]
-            rows = [row | names | {"control": ""} for row, names in named]
+            rows = []
+            for row in self.rows:
+                attack, comma, rest = row["attack"].partition(",")
+                rows.append(row | {"label": f"{label_of(attack)}{comma}{rest}", "attack": attack, "control": ""})
             rows.append({"label": "no model", "attack": "no-model", "control": "no-model"})
             rows[-1] |= dict(zip(("auc", "auc_low", "auc_high"), self.control[:3], strict=True))
             table = pd.DataFrame(rows).assign(seed=None, method="")
