@@ -37,8 +37,13 @@ def get_artifact_dirs() -> list[Path]:
 
 
 def get_scores_dir(profile: str) -> Path:
-    """Return the folder of saved scores of a profile."""
+    """Return the folder of a profile's evaluations, a file each."""
     return get_home() / "data" / "scores" / profile
+
+
+def get_results_dir() -> Path:
+    """Return the folder of packed results, ``<profile>.csv`` to read and ``<profile>.npz`` with the scores."""
+    return get_home() / "data" / "results"
 
 
 def get_figures_dir(profile: str) -> Path:

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,20 @@ def replay(profile: str, docs: Path | None = None) -> list[Path]:
     docs = docs or profiles.find_source("docs")
     found = parameters.find_notebooks()
     longest = sorted(found, key=lambda name: -found[name].stat().st_size)
-    with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
-        pages = dict(pool.imap_unordered(_write_page, [(name, profile, docs) for name in longest]))
-    return [pages[name] for name in found]
+    fork, waiting, running = multiprocessing.get_context("fork"), list(reversed(longest)), {}
+    while waiting or running:  # a process for each notebook: what one leaves behind can't disturb the next
+        while waiting and len(running) < min(2, os.cpu_count() or 1):
+            name = waiting.pop()
+            running[name] = fork.Process(target=_write_page, args=(name, profile, docs))
+            running[name].start()
+        connection.wait([process.sentinel for process in running.values()])
+        for name in [name for name, process in running.items() if not process.is_alive()]:
+            if running.pop(name).exitcode:
+                raise RuntimeError(f"notebooks/{name}.ipynb could not be replayed (reason above)")
+    return [docs / f"{name}.md" for name in found]
 
 
-def _write_page(task: tuple[str, str, Path]) -> tuple[str, Path]:
-    name, profile, docs = task
+def _write_page(name: str, profile: str, docs: Path) -> None:
     path, kept = parameters.find_notebooks()[name], read_outputs(profile).get(name, {})
     given = parameters.merge_parameters(profiles.load(profile), name, parameters.read_parameters(path))
     text = NOTE.format(name=name)
@@ -62,9 +70,7 @@ def _write_page(task: tuple[str, str, Path]) -> tuple[str, Path]:
         text += f"```python\n{source}\n```\n\n"
         output = kept.get(_digest(source), _find_figures(source, profile)) if output is None else output
         text += f"{output}\n\n" if output else ""
-    target = docs / f"{name}.md"
-    paths.write_atomic(target, lambda file: file.write(text.encode()))
-    return name, target
+    paths.write_atomic(docs / f"{name}.md", lambda file: file.write(text.encode()))
 
 
 def execute(path: Path, given: dict[str, Any], *, skip: set[str]) -> list[tuple[dict, str | None]]:
@@ -129,9 +135,11 @@ def keep_outputs(profile: str, executed: Path) -> None:
     for cell in cells:
         if SKIPPED & set(cell["metadata"].get("tags", [])) and cell["cell_type"] == "code":
             parts = [_read_output(output) for output in cell["outputs"]]
-            found[_digest(_get_source(cell))] = "\n\n".join(filter(None, parts))
+            if text := "\n\n".join(filter(None, parts)):
+                found[_digest(_get_source(cell))] = text
     path = paths.get_results_dir() / f"{profile}.json"
-    kept = read_outputs(profile) | {executed.stem: found}
+    kept = read_outputs(profile)
+    kept[executed.stem] = found
     text = json.dumps(kept, indent=0, sort_keys=True, ensure_ascii=False)
     paths.write_atomic(path, lambda file: file.write(text.encode()))
 

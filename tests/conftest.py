@@ -83,3 +83,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def smoke_run(pytestconfig: pytest.Config) -> tuple[Path, subprocess.Popen, Path]:
     """Home, process (with its ``environment``) and log of the run of profile smoke that began with the session."""
     return pytestconfig.stash[_SMOKE]
+
+
+@pytest.fixture(autouse=True)
+def same_products():
+    """What an audit chose for its own products (``models.speed``) does not reach the tests after it."""
+    yield
+    if "torch" in sys.modules and sys.modules["torch"].get_float32_matmul_precision() != "highest":
+        import timm.layers
+
+        sys.modules["torch"].set_float32_matmul_precision("highest")
+        timm.layers.set_fused_attn(True)

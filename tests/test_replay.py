@@ -44,7 +44,8 @@ def book(home, monkeypatch):
 
 
 def read_page(home) -> str:
-    _, target = replay._write_page(("03_demo", "photos", home / "docs"))
+    replay._write_page("03_demo", "photos", home / "docs")
+    target = home / "docs" / "03_demo.md"
     return target.read_text(encoding="utf-8")
 
 
