@@ -117,7 +117,7 @@ def test_cells_are_short_and_each_has_a_sentence_before_it(path):
             lines = [line for line in cell.text.splitlines() if line.strip()]
             limit = 15 if "checks" not in cell.tags else 22
             assert len(lines) <= limit, f"{len(lines)} lines in {cell.section}: {lines[0]}"
-            wide = [line for line in lines if len(line) > (150 if {"figure", "parameters"} & set(cell.tags) else 130)]
+            wide = [line for line in lines if len(line) > (120 if "parameters" in cell.tags else 99)]
             assert not wide, f"wide line in {cell.section}: {wide}"
             assert before.kind == "markdown" and before.text.strip(), f"no prose before {lines[0]!r}"
 
