@@ -1,17 +1,14 @@
 """Generated photographs of textured objects: the data set that needs no download.
 
-Every image is one small ray-traced scene: an object of named parts (balls, tapered rods, tapered blocks) stands on a
-ground before a wall or a sky, lit by one lamp or sun that casts shadows, seen by a noisy sensor. The camera is
-orthographic, so a ray through a pixel is linear in the pixel's coordinates and a whole solid is intersected by one
-matrix product: that is what makes thousands of images cheap in numpy.
+Every image is one small ray-traced scene: an object of named parts on a ground before a wall or a sky, lit by a lamp
+or sun that casts shadows, seen by a noisy sensor. The camera is orthographic, so rays are linear in the pixel's
+coordinates and a whole solid is intersected by a few matrix products: thousands of images are cheap in numpy.
 
-Images are exactly i.i.d. (image ``i`` draws everything, its kind of object included, from its own random stream) and
-every part carries fresh noise of its own. Texture is the point: in flat drawings membership inference sees nothing,
-because a model has nothing individual to memorize about a part.
+Images are exactly i.i.d.: image ``i`` draws everything from its own random stream. Texture is the point: in flat
+drawings membership inference sees nothing, because a model has nothing individual to memorize about a part.
 
-One scene shows the same thing at every size; only the sensor noise and the strokes of a sketch follow the pixels.
-Arithmetic is float64 although an image has 8 bits: rounding differences between processors then practically never
-reach a pixel, so that the hash of a pool is the same on another machine.
+A scene shows the same thing at every size; only the sensor noise and the strokes of a sketch follow the pixels. In
+float64 rounding differences between processors practically never reach a pixel: a pool has one hash on all machines.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ from mia_utils.datasets.scenes.objects import CLASS_NAMES, KIND_PARTS, MASK_CLAS
 from mia_utils.datasets.scenes.render import render
 
 STYLES = ("scenes", "scenes-night", "scenes-sketch")
-MIN_SIZE, MAX_SIZE = 16, 512
 __all__ = ["CLASS_NAMES", "KIND_PARTS", "MASK_CLASS_NAMES", "PART_NAMES", "STYLES", "make_scenes"]
 
 
@@ -35,14 +31,14 @@ def make_scenes(
 ) -> dict[str, Any]:
     """Generate i.i.d. scenes, each from its own random stream: image i is the same whatever ``n`` is.
 
-    The bounding box of the main object takes 35-70 % of the frame on average. In about 30 % of the scenes a second,
-    small object of another kind stands beside it; it appears in the mask but not among the part boxes.
+    The box of the main object takes 35-70 % of the frame on average. About 30 % of the scenes show a second, small
+    object of another kind; it appears in the mask but not among the part boxes.
 
     Args:
         n: number of images, at least 1.
         size: side of the square images in pixels, 16 to 512.
         style: ``scenes`` (day and rooms), ``scenes-night`` (lamp light) or ``scenes-sketch`` (pencil on paper).
-        seed: base seed; the stream of image i is ``seeds.rng(seed, "scenes", style, i)``.
+        seed: the stream of image i is ``seeds.rng(seed, "scenes", style, i)``.
         progress: show a bar when it takes more than two seconds.
 
     Returns:
@@ -51,20 +47,14 @@ def make_scenes(
     """
     if style not in STYLES:
         raise ValueError(f"expected a style among {', '.join(STYLES)}, got {style!r}")
-    for name, value, low, high in (("n", n, 1, np.inf), ("size", size, MIN_SIZE, MAX_SIZE)):
+    for name, value, low, high in (("n", n, 1, np.inf), ("size", size, 16, 512)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
             raise ValueError(f"expected {name} to be a whole number from {low} to {high}, got {value!r}")
-    images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), np.uint8)
-    labels, part_boxes = np.empty(n, np.int64), np.empty((n, len(PART_NAMES), 4), np.float32)
-    for i in tqdm(range(n), desc=f"{style} {size} px", unit="image", delay=2, disable=not progress):
-        images[i], masks[i], labels[i], part_boxes[i] = render(seeds.rng(seed, "scenes", style, i), int(size), style)
+    bar = tqdm(range(n), desc=f"{style} {size} px", unit="image", delay=2, disable=not progress)
+    drawn = [render(seeds.rng(seed, "scenes", style, i), int(size), style) for i in bar]
+    images, masks, labels, part_boxes = map(np.array, zip(*drawn, strict=True))
     return {
-        "images": images,
-        "masks": masks,
-        "labels": labels,
+        "images": images, "masks": masks, "labels": labels, "class_names": CLASS_NAMES,
         "image_ids": np.array([f"{style}/{i:06d}" for i in range(n)]),
-        "class_names": CLASS_NAMES,
-        "mask_class_names": MASK_CLASS_NAMES,
-        "part_boxes": part_boxes,
-        "part_names": PART_NAMES,
-    }
+        "mask_class_names": MASK_CLASS_NAMES, "part_boxes": part_boxes, "part_names": PART_NAMES,
+    }  # fmt: skip

@@ -14,12 +14,10 @@ class Dice:
     """Uniform draws from one stream, fetched in blocks: a scene needs hundreds of single numbers."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self._rng = rng
-        self._left: list[float] = []
+        self._rng, self._left = rng, []
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
-        if not self._left:
-            self._left = self._rng.random(256).tolist()
+        self._left = self._left or self._rng.random(256).tolist()
         return low + (high - low) * self._left.pop()
 
     def choose(self, options: tuple):
@@ -64,32 +62,39 @@ MATERIALS: dict[str, tuple] = {
     "sky": ((0.53, 0.63), (0.2, 0.65), (0.6, 0.98), (2, 4), (0.28, 0.6), 0.1, 0),
     "hedge": ((0.2, 0.36), (0.25, 0.6), (0.2, 0.5), (4, 7), (0.8, 0.8), 0.9, 0),
 }
+# Patterns of noise alone: share of the second color = a + b coarse + c fine + d phase.
+PLAIN = (0.4, 0.6, 0.0, 0.0)
+MIXES = {
+    **dict.fromkeys(("fur", "spots", "feathers", "coffee"), (-0.25, 3.0, 0.0, 1.5)),
+    **dict.fromkeys(("leaves", "grass", "hedge"), (0.45, 0.4, 0.4, 0.0)),
+    **dict.fromkeys(("asphalt", "stone", "carpet", "sand"), (0.4, 0.35, 0.45, 0.0)),
+    "sky": (-0.4, 1.4, 0.3, 1.0),
+}
 
 
 class Material:
     """One texture: two colors, a pattern that mixes them and the frequencies of the noise in it."""
 
-    __slots__ = ("angle", "colors", "contrast", "freq", "gloss", "glow", "kind", "noise", "offset", "phase", "stretch")
-
     def __init__(self, dice: Dice, *kinds: str, glow: float = 0.0) -> None:
-        self.kind = dice.choose(kinds)
+        self.kind, self.glow = dice.choose(kinds), glow
         hue, saturation, value, freq, self.stretch, self.noise, self.gloss = MATERIALS[self.kind]
         h, s, v = dice(*hue), dice(*saturation), dice(*value)
         other_hue = dice() if hue == (0, 1) and dice.chance(0.4) else h + dice(-0.06, 0.06)
         other_value = v * dice(0.35, 0.7) if v > 0.5 else min(1.0, v * dice(1.3, 2.0) + 0.05)
-        pair = [(h, s, v), (other_hue, min(1.0, s * dice(0.5, 1.3)), other_value)]
+        pair = (h, s, v), (other_hue, min(1.0, s * dice(0.5, 1.3)), other_value)
         self.colors = np.array([colorsys.hsv_to_rgb(a % 1.0, b, c) for a, b, c in pair]) ** 2  # linear light
         self.freq = dice(*freq)
         self.angle = dice(-0.35, 0.35) if self.kind in ("stripes", "plaid", "checks") else 0.0
-        self.offset = (dice(0, BANK), dice(0, BANK))
-        self.phase = dice()
-        self.contrast = dice(0.7, 1.3)
-        self.glow = glow
+        self.offset, self.phase, self.contrast = (dice(0, BANK), dice(0, BANK)), dice(), dice(0.7, 1.3)
 
 
-def _wave(x: np.ndarray, sharpness: float) -> np.ndarray:
-    """A stripe profile in [0, 1] of period 1."""
-    return np.clip(0.5 + sharpness * np.sin(2 * math.pi * x), 0.0, 1.0)
+def clip(x: np.ndarray) -> np.ndarray:
+    return np.clip(x, 0.0, 1.0)
+
+
+def make_wave(x: np.ndarray, sharpness: float = 0.5) -> np.ndarray:
+    """Make a stripe profile in [0, 1] of period 1."""
+    return clip(0.5 + sharpness * np.sin(2 * math.pi * x))
 
 
 def weave_pattern(material: Material, s, t, coarse, fine) -> tuple[np.ndarray, np.ndarray]:
@@ -104,40 +109,33 @@ def weave_pattern(material: Material, s, t, coarse, fine) -> tuple[np.ndarray, n
         s, t = c * s + d * t, c * t - d * s
     shade = 1.0 + material.contrast * material.noise * (0.8 * fine + 0.45 * coarse)
     if kind in ("wood", "bark"):
-        weight = _wave(f * 0.6 * s + phase + 0.9 * coarse, 0.5)
+        weight = make_wave(f * 0.6 * s + phase + 0.9 * coarse)
     elif kind == "planks":
         row = f * 0.7 * s + phase
-        weight = np.clip(0.5 + 0.45 * np.sin(97.0 * np.floor(row)) + 0.5 * coarse, 0.0, 1.0)
-        shade = shade * np.where(row - np.floor(row) < 0.14, 0.45, 1.0)
+        weight = clip(0.5 + 0.45 * np.sin(97.0 * np.floor(row)) + 0.5 * coarse)
+        shade *= np.where(row - np.floor(row) < 0.14, 0.45, 1.0)
     elif kind == "stripes":
-        weight = _wave(f * s + phase + 0.12 * coarse, 1.5)
+        weight = make_wave(f * s + phase + 0.12 * coarse, 1.5)
     elif kind == "plaid":
-        weight = 0.5 * (_wave(f * s + phase, 1.2) + _wave(f * t + 2 * phase, 1.2))
-        shade = shade * (1.0 - 0.3 * _wave(2 * f * s + phase, 2.0))
+        weight = 0.5 * (make_wave(f * s + phase, 1.2) + make_wave(f * t + 2 * phase, 1.2))
+        shade *= 1.0 - 0.3 * make_wave(2 * f * s + phase, 2.0)
     elif kind == "checks":
-        weight = np.clip(0.5 + 2.5 * np.sin(math.pi * f * (s + phase)) * np.sin(math.pi * f * t), 0.0, 1.0)
+        weight = clip(0.5 + 2.5 * np.sin(math.pi * f * (s + phase)) * np.sin(math.pi * f * t))
     elif kind in ("brick", "shingles"):
         row = 1.25 * f * t + phase
         level = np.floor(row)
         column = 0.6 * f * s + 0.5 * level
         place = np.floor(column)
-        weight = np.clip(0.35 + 0.35 * np.sin(37.0 * place + 91.0 * level) + 0.3 * coarse, 0.0, 1.0)
+        weight = clip(0.35 + 0.35 * np.sin(37.0 * place + 91.0 * level) + 0.3 * coarse)
         groove = (row - level < 0.2) | (column - place < 0.1)
-        shade = shade * np.where(groove, 1.5 if kind == "brick" and phase > 0.5 else 0.45, 1.0)
-    elif kind in ("fur", "spots", "feathers", "coffee"):
-        weight = np.clip(0.5 + 3.0 * (coarse + 0.5 * (phase - 0.5)), 0.0, 1.0)
-    elif kind in ("leaves", "grass", "hedge"):
-        weight = np.clip(0.45 + 0.4 * fine + 0.4 * coarse, 0.0, 1.0)
-    elif kind in ("asphalt", "stone", "carpet", "sand"):
-        weight = np.clip(0.4 + 0.45 * fine + 0.35 * coarse, 0.0, 1.0)
+        shade *= np.where(groove, 1.5 if kind == "brick" and phase > 0.5 else 0.45, 1.0)
     elif kind == "cloth":
-        weight = np.clip(0.35 + 0.5 * coarse + 0.35 * np.sin(2 * math.pi * f * s) * np.sin(2 * math.pi * f * t), 0, 1)
+        weight = clip(0.35 + 0.5 * coarse + 0.35 * np.sin(2 * math.pi * f * s) * np.sin(2 * math.pi * f * t))
     elif kind == "water":
-        weight = _wave(0.25 * f * s + f * t + 0.8 * coarse, 0.5)
+        weight = make_wave(0.25 * f * s + f * t + 0.8 * coarse)
     elif kind == "metal":
-        weight = np.clip(0.5 + 0.5 * np.sin(9.0 * s + 6.0 * coarse), 0.0, 1.0)
-    elif kind == "sky":
-        weight = np.clip(1.4 * coarse + 0.3 * fine + phase - 0.4, 0.0, 1.0)
+        weight = clip(0.5 + 0.5 * np.sin(9.0 * s + 6.0 * coarse))
     else:
-        weight = np.clip(0.4 + 0.6 * coarse, 0.0, 1.0)
+        a, b, c, d = MIXES.get(kind, PLAIN)
+        weight = clip(a + b * coarse + c * fine + d * phase)
     return weight, np.maximum(shade, 0.12)

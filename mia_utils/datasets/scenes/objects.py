@@ -5,89 +5,42 @@ x is where the object looks to, y is up, z points to the camera at yaw 0.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
+from mia_utils.datasets.scenes.geometry import Solids
 from mia_utils.datasets.scenes.materials import Dice, Material
 
-BALL, ROD, BLOCK = 0, 1, 2
+SIDES = (-1, 1)
+CORNERS = tuple(itertools.product(SIDES, SIDES))
 
 
-class Model:
-    """Solids of one object, collected by the builders below in the object's own units."""
-
-    def __init__(self) -> None:
-        self.solids: list[tuple] = []
-
-    def _add(self, part, material, shape, center, axes, taper=(1.0, 1.0, 0.0), rough=0.0) -> None:
-        """Add a solid.
-
-        Args:
-            part, material, shape: its name, its texture, and ``BALL``, ``ROD`` or ``BLOCK``.
-            center: (3,).
-            axes: (3, 3) columns: local x, y, z axis times the half lengths.
-            taper: top over bottom along x and z, shift of the top along x.
-            rough: how far noise eats into the outline (leaves, fur).
-        """
-        self.solids.append((part, material, shape, tuple(center), axes, taper, rough))
-
-    @staticmethod
-    def _turned(half, tilt: float, lean: float = 0.0) -> list:
-        """Axes after a rotation by ``tilt`` in the x-y plane and then by ``lean`` in the y-z plane (radians)."""
-        c, s, a, b = math.cos(tilt), math.sin(tilt), math.cos(lean), math.sin(lean)
-        x, y, z = half
-        return [[c * x, -s * y, 0.0], [a * s * x, a * c * y, -b * z], [b * s * x, b * c * y, a * z]]
-
-    def ball(self, part, material, center, radii, *, tilt=0.0, lean=0.0, rough=0.0) -> None:
-        self._add(part, material, BALL, center, self._turned(radii, tilt, lean), rough=rough)
-
-    def block(self, part, material, center, half, *, tilt=0.0, lean=0.0, top=(1.0, 1.0), shift=0.0) -> None:
-        self._add(part, material, BLOCK, center, self._turned(half, tilt, lean), (*top, shift))
-
-    def rod(self, part, material, start, end, radius, end_radius=None, *, flat=1.0) -> None:
-        """A round rod from start to end; ``flat`` squeezes it along its third axis."""
-        # Plain numbers: for vectors of three they are several times faster than arrays.
-        ax, ay, az = ((q - p) / 2 for p, q in zip(start, end, strict=True))
-        long = math.sqrt(ax * ax + ay * ay + az * az)
-        yx, yy, yz = ax / long, ay / long, az / long
-        sx, sy, sz = (-yz * yx, -yz * yy, 1.0 - yz * yz) if abs(yz) < 0.8 else (1.0 - yx * yx, -yx * yy, -yx * yz)
-        norm = math.sqrt(sx * sx + sy * sy + sz * sz)
-        sx, sy, sz = sx / norm, sy / norm, sz / norm
-        x = (yy * sz - yz * sy, yz * sx - yx * sz, yx * sy - yy * sx)
-        thin = radius * flat
-        axes = [[x[0] * radius, ax, sx * thin], [x[1] * radius, ay, sy * thin], [x[2] * radius, az, sz * thin]]
-        middle = [(p + q) / 2 for p, q in zip(start, end, strict=True)]
-        ratio = 1.0 if end_radius is None else end_radius / radius
-        self._add(part, material, ROD, middle, axes, (ratio, ratio, 0.0))
-
-
-def _build_chair(m: Model, d: Dice) -> None:
+def _build_chair(m: Solids, d: Dice) -> None:
     w, depth, high, tall = d(0.42, 0.55), d(0.42, 0.55), d(0.7, 1.0), d(0.8, 1.25)
     legs = Material(d, "wood", "metal", "paint")
     seat = Material(d, "cloth", "plaid", "stripes", "spots", "checks", "wood")
     back = Material(d, "cloth", "plaid", "stripes", "wood", "planks") if d.chance(0.6) else seat
     thick, leg, splay = d(0.06, 0.14), d(0.055, 0.09), d(0.0, 0.14)
     m.block("seat", seat, (0, high, 0), (depth, thick, w))
-    for x in (-1, 1):
-        for z in (-1, 1):
-            foot = (x * (depth - leg + splay), 0, z * (w - leg + splay))
-            m.rod("legs", legs, foot, (x * (depth - leg), high, z * (w - leg)), leg * 0.8, leg)
+    for x, z in CORNERS:
+        foot = (x * (depth - leg + splay), 0, z * (w - leg + splay))
+        m.rod("legs", legs, foot, (x * (depth - leg), high, z * (w - leg)), leg * 0.8, leg)
     lean = d(0.03, 0.22)
     at = (-depth - math.sin(lean) * tall / 2, high + tall / 2, 0)
     if d.chance(0.6):
         m.block("back", back, at, (d(0.05, 0.1), tall / 2, w), tilt=lean, top=(1.0, d(0.75, 1.05)))
     else:
-        for z in (-1, 1):
+        for z in SIDES:
             m.block("back", back, (at[0], at[1], z * (w - 0.07)), (0.06, tall / 2, 0.07), tilt=lean)
         for level in (0.45, 0.85) if d.chance(0.5) else (0.3, 0.6, 0.9):
             x = -depth - math.sin(lean) * tall * level
             m.block("back", back, (x, high + tall * level, 0), (0.05, tall * 0.1, w), tilt=lean)
 
 
-def _build_dog(m: Model, d: Dice) -> None:
+def _build_dog(m: Solids, d: Dice) -> None:
     coat = Material(d, "fur")
-    second = Material(d, "fur") if d.chance(0.45) else coat
-    black = Material(d, "lacquer")
+    second, black = Material(d, "fur") if d.chance(0.45) else coat, Material(d, "lacquer")
     length, girth, tall = d(0.6, 0.95), d(0.27, 0.4), d(0.45, 0.85)
     y = tall + girth * 0.7
     m.ball("body", coat, (0, y, 0), (length, girth, girth * 0.85), tilt=d(-0.06, 0.14), rough=0.16)
@@ -100,14 +53,14 @@ def _build_dog(m: Model, d: Dice) -> None:
     m.rod("muzzle", second, (hx + head * 0.3, hy - drop * 0.5, 0), tip, head * d(0.55, 0.68), head * d(0.36, 0.48))
     m.ball("muzzle", black, (tip[0], tip[1] + 0.05, 0), (0.09, 0.08, 0.1))
     pricked = d.chance(0.5)
-    for z in (-1, 1):
+    for z in SIDES:
         m.ball("head", black, (hx + head * 0.72, hy + head * 0.35, z * head * 0.55), (0.06, 0.065, 0.06))
         if pricked:
             base = (hx - 0.06, hy + head * 0.5, z * head * 0.6)
             m.rod("ear", second, base, (base[0] - 0.06, base[1] + d(0.3, 0.45), z * head * 0.85), 0.16, 0.03, flat=0.5)
         else:
-            m.ball("ear", second, (hx - head * 0.35, hy - 0.06, z * head * 0.92), (0.14, d(0.26, 0.38), 0.07),
-                tilt=d(-0.3, 0.2))
+            side = (hx - head * 0.35, hy - 0.06, z * head * 0.92)
+            m.ball("ear", second, side, (0.14, d(0.26, 0.38), 0.07), tilt=d(-0.3, 0.2))
         for x, swing in ((-length * 0.72, d(-0.2, 0.2)), (length * 0.66, d(-0.2, 0.2))):
             foot = (x + swing, 0.05, z * girth * 0.55)
             m.rod("legs", coat, foot, (x, y, z * girth * 0.5), d(0.075, 0.1), girth * 0.42)
@@ -117,7 +70,7 @@ def _build_dog(m: Model, d: Dice) -> None:
     m.rod("tail", coat, (-length * 0.85, y + 0.1, 0), end, d(0.09, 0.14), d(0.03, 0.08))
 
 
-def _build_car(m: Model, d: Dice) -> None:
+def _build_car(m: Solids, d: Dice) -> None:
     paint, glass = Material(d, "paint", "paint", "stripes", "spots"), Material(d, "glass")
     roof = paint if d.chance(0.7) else Material(d, "paint", "metal")
     rubber, metal, lamp = Material(d, "rubber"), Material(d, "metal"), Material(d, "light", glow=1.5)
@@ -125,21 +78,20 @@ def _build_car(m: Model, d: Dice) -> None:
     y = wheel + high * 0.7
     m.block("body", paint, (0, y, 0), (length, high, wide), top=(d(0.93, 1), 0.95))
     tall, half, back = d(0.24, 0.36), length * d(0.48, 0.66), length * d(-0.3, 0.02)
-    m.block("windows", glass, (back, y + high + tall, 0), (half, tall, wide * 0.9), top=(d(0.6, 0.8), 0.85),
-        shift=d(-0.12, 0.05))
+    cabin = (half, tall, wide * 0.9)
+    m.block("windows", glass, (back, y + high + tall, 0), cabin, top=(d(0.6, 0.8), 0.85), shift=d(-0.12, 0.05))
     m.block("body", roof, (back, y + high + 2 * tall, 0), (half * 0.74, 0.045, wide * 0.8))
     m.block("body", roof, (back + d(-0.1, 0.1), y + high + tall, 0), (0.06, tall, wide * 0.9), top=(1, 0.9))
-    for x in (-1, 1):
-        for z in (-1, 1):
-            at = (x * length * 0.6, wheel, z * wide)
-            m.rod("wheels", rubber, (at[0], wheel, at[2] - z * 0.22), (at[0], wheel, at[2] + z * 0.05), wheel)
-            if z > 0:
-                m.rod("wheels", metal, (at[0], wheel, at[2]), (at[0], wheel, at[2] + 0.08), wheel * d(0.45, 0.62))
-    for z in (-1, 1):
+    for side, z in CORNERS:
+        x = side * length * 0.6
+        m.rod("wheels", rubber, (x, wheel, z * wide - z * 0.22), (x, wheel, z * wide + z * 0.05), wheel)
+        if z > 0:
+            m.rod("wheels", metal, (x, wheel, wide), (x, wheel, wide + 0.08), wheel * d(0.45, 0.62))
+    for z in SIDES:
         m.ball("lights", lamp, (length * 0.99, y + high * 0.2, z * wide * 0.68), (0.07, 0.11, 0.13))
 
 
-def _build_house(m: Model, d: Dice) -> None:
+def _build_house(m: Solids, d: Dice) -> None:
     walls, tiles = Material(d, "brick", "plaster", "planks", "stone"), Material(d, "shingles", "shingles", "brick")
     wood, glass = Material(d, "paint", "planks"), Material(d, "glass", glow=1.2)
     wide, deep, high, peak = d(0.75, 1.1), d(0.55, 0.9), d(0.45, 0.75), d(0.3, 0.55)
@@ -147,18 +99,18 @@ def _build_house(m: Model, d: Dice) -> None:
     ridge = (1.0, 0.02) if d.chance(0.5) else (0.02, 1.0)
     m.block("roof", tiles, (0, 2 * high + peak, 0), (wide + 0.14, peak, deep + 0.12), top=ridge)
     if d.chance(0.7):
-        m.block("chimney", walls if d.chance(0.4) else Material(d, "brick"),
-            (wide * d(-0.6, 0.6), 2 * high + peak * 1.4, -deep * 0.25), (0.11, peak * 0.8, 0.11))
-    side = d.choose((-1, 1))
-    door = d(0.3, 0.42)
+        brick = walls if d.chance(0.4) else Material(d, "brick")
+        at = (wide * d(-0.6, 0.6), 2 * high + peak * 1.4, -deep * 0.25)
+        m.block("chimney", brick, at, (0.11, peak * 0.8, 0.11))
+    side, door = d.choose(SIDES), d(0.3, 0.42)
     m.block("door", wood, (side * wide * d(0.35, 0.6), door, deep), (d(0.14, 0.2), door, 0.03))
     for x in (-0.5 * side, 0.02 * side) if d.chance(0.5) else (-0.4 * side,):
         m.block("windows", glass, (x * wide, high * d(1.05, 1.3), deep), (d(0.13, 0.2), d(0.15, 0.22), 0.025))
-    m.block("windows", glass, (wide, high * 1.15, deep * 0.2), (0.025, 0.18, 0.2))
-    m.block("windows", glass, (-wide, high * 1.15, deep * 0.2), (0.025, 0.18, 0.2))
+    for x in (wide, -wide):
+        m.block("windows", glass, (x, high * 1.15, deep * 0.2), (0.025, 0.18, 0.2))
 
 
-def _build_tree(m: Model, d: Dice) -> None:
+def _build_tree(m: Solids, d: Dice) -> None:
     bark, leaves = Material(d, "bark", "wood"), Material(d, "leaves")
     tall, radius = d(0.6, 1.0), d(0.1, 0.17)
     if d.chance(0.3):
@@ -174,10 +126,9 @@ def _build_tree(m: Model, d: Dice) -> None:
     m.ball("crown", leaves, (bend, y, 0), (d(0.5, 0.7), d(0.45, 0.6), 0.55), rough=0.55)
     other = leaves if d.chance(0.6) else Material(d, "leaves")
     for i in range(5):
-        a = 2 * math.pi * (i + d(0, 0.7)) / 5
-        r = d(0.26, 0.42)
-        m.ball("crown", other if i % 2 else leaves,
-            (bend + spread * math.cos(a), y + 0.8 * spread * math.sin(a), d(-0.1, 0.4)), (r, r, r), rough=0.55)
+        a, r = 2 * math.pi * (i + d(0, 0.7)) / 5, d(0.26, 0.42)
+        at = (bend + spread * math.cos(a), y + 0.8 * spread * math.sin(a), d(-0.1, 0.4))
+        m.ball("crown", other if i % 2 else leaves, at, (r, r, r), rough=0.55)
     if d.chance(0.35):
         fruit = Material(d, "paint")
         for _ in range(5):
@@ -185,7 +136,7 @@ def _build_tree(m: Model, d: Dice) -> None:
             m.ball("fruit", fruit, (bend + r * math.cos(a), y + r * math.sin(a), 0.62), (0.085, 0.085, 0.085))
 
 
-def _build_lamp(m: Model, d: Dice) -> None:
+def _build_lamp(m: Solids, d: Dice) -> None:
     metal = Material(d, "metal", "wood", "glaze", "stone")
     shade = Material(d, "cloth", "stripes", "plaid", "spots", "plaster", glow=2.0)
     base, tall, wide, high = d(0.3, 0.45), d(0.7, 1.2), d(0.45, 0.65), d(0.28, 0.42)
@@ -199,7 +150,7 @@ def _build_lamp(m: Model, d: Dice) -> None:
     m.ball("bulb", Material(d, "light", glow=3.0), (bend, tall - high * 0.5 - 0.1, 0), (0.13, 0.15, 0.13))
 
 
-def _build_cup(m: Model, d: Dice) -> None:
+def _build_cup(m: Solids, d: Dice) -> None:
     glaze = Material(d, "glaze", "stripes", "spots", "plaid", "checks", "stone")
     rest = glaze if d.chance(0.5) else Material(d, "glaze", "stone", "wood")
     low, rim, tall = d(0.36, 0.55), d(0.5, 0.62), d(0.75, 1.1)
@@ -210,14 +161,13 @@ def _build_cup(m: Model, d: Dice) -> None:
     m.rod("body", glaze, (0, y, 0), (0, y + tall, 0), low, rim)
     m.rod("drink", Material(d, "coffee"), (0, y + tall - 0.05, 0), (0, y + tall + 0.012, 0), rim * 0.86)
     thick, out, mid = d(0.06, 0.09), d(0.26, 0.4), y + tall * 0.52
-    x0 = (low + rim) / 2 - 0.06
-    angles = [1.45, 0.75, 0.0, -0.75, -1.45]
-    points = [(x0 + out * math.cos(a), mid + tall * 0.33 * math.sin(a), 0) for a in angles]
-    for p, q in zip(points[:-1], points[1:], strict=True):
+    x, angles = (low + rim) / 2 - 0.06, (1.45, 0.75, 0.0, -0.75, -1.45)
+    points = [(x + out * math.cos(a), mid + tall * 0.33 * math.sin(a), 0) for a in angles]
+    for p, q in itertools.pairwise(points):
         m.rod("handle", rest, p, q, thick)
 
 
-def _build_bird(m: Model, d: Dice) -> None:
+def _build_bird(m: Solids, d: Dice) -> None:
     plumage, wing = Material(d, "feathers", "spots"), Material(d, "feathers", "stripes")
     horn, black = Material(d, "horn"), Material(d, "lacquer")
     head_coat = plumage if d.chance(0.5) else Material(d, "feathers")
@@ -226,20 +176,19 @@ def _build_bird(m: Model, d: Dice) -> None:
     m.ball("body", plumage, (0, y, 0), (length, girth, girth * 0.9), tilt=tilt, rough=0.1)
     hx, hy, head = length * 0.8 * math.cos(tilt), y + girth * 0.45 + length * 0.75 * math.sin(tilt), d(0.22, 0.3)
     m.ball("head", head_coat, (hx, hy, 0), (head, head, head), rough=0.06)
-    m.rod("beak", horn, (hx + head * 0.75, hy, 0), (hx + head + d(0.16, 0.42), hy - d(0.0, 0.1), 0), d(0.09, 0.13),
-        0.015)
-    for z in (-1, 1):
+    tip = (hx + head + d(0.16, 0.42), hy - d(0.0, 0.1), 0)
+    m.rod("beak", horn, (hx + head * 0.75, hy, 0), tip, d(0.09, 0.13), 0.015)
+    for z in SIDES:
         m.ball("head", black, (hx + head * 0.5, hy + head * 0.3, z * head * 0.78), (0.055, 0.06, 0.05))
         spread = (-0.12 * length, y + 0.06, z * girth * 0.72)
         m.ball("wing", wing, spread, (length * d(0.75, 0.95), girth * d(0.5, 0.68), 0.16), tilt=tilt + d(-0.1, 0.35))
         m.rod("legs", horn, (z * 0.04, 0.03, z * 0.12), (-0.05, y - girth * 0.5, z * 0.12), 0.035)
         m.block("legs", horn, (z * 0.04 + 0.07, 0.02, z * 0.12), (0.13, 0.02, 0.05))
-    end = d(0.75, 1.1)
-    m.block("tail", wing, (-length * end, y - length * end * math.tan(tilt) * 0.9, 0),
-        (d(0.3, 0.45), 0.05, d(0.12, 0.22)), tilt=tilt)
+    end = length * d(0.75, 1.1)
+    m.block("tail", wing, (-end, y - end * math.tan(tilt) * 0.9, 0), (d(0.3, 0.45), 0.05, d(0.12, 0.22)), tilt=tilt)
 
 
-def _build_boat(m: Model, d: Dice) -> None:
+def _build_boat(m: Solids, d: Dice) -> None:
     hull, wood = Material(d, "paint", "planks", "stripes", "wood"), Material(d, "wood", "metal")
     length, high, wide = d(0.85, 1.1), d(0.2, 0.3), d(0.35, 0.48)
     m.block("hull", hull, (0, high, 0), (length * 0.72, high, wide * 0.6), top=(1.35, 1.6), shift=0.1)
@@ -257,15 +206,14 @@ def _build_boat(m: Model, d: Dice) -> None:
         cabin, tall = Material(d, "plaster", "paint", "planks"), d(0.22, 0.34)
         at = d(-0.4, 0.1)
         m.block("cabin", cabin, (at, 2 * high + tall, 0), (d(0.32, 0.45), tall, wide * 0.62), top=(0.9, 0.95))
-        m.block("cabin", Material(d, "glass", glow=1.0), (at, 2 * high + tall * 1.25, 0),
-            (0.26, tall * 0.35, wide * 0.63))
-        x = at + d(-0.1, 0.1)
-        m.rod("funnel", Material(d, "paint", "stripes"), (x, 2 * high + tall, 0),
-            (x, 2 * high + 2 * tall + d(0.35, 0.6), 0), 0.13, 0.11)
+        glass = Material(d, "glass", glow=1.0)
+        m.block("cabin", glass, (at, 2 * high + tall * 1.25, 0), (0.26, tall * 0.35, wide * 0.63))
+        x, paint = at + d(-0.1, 0.1), Material(d, "paint", "stripes")
+        m.rod("funnel", paint, (x, 2 * high + tall, 0), (x, 2 * high + 2 * tall + d(0.35, 0.6), 0), 0.13, 0.11)
 
 
 # kind: builder, yaw range in degrees (positive: the front turns to the camera), chance to stand indoors, parts
-KINDS: dict[str, tuple[Callable[[Model, Dice], None], tuple[float, float], float, tuple[str, ...]]] = {
+KINDS: dict[str, tuple[Callable[[Solids, Dice], None], tuple[float, float], float, tuple[str, ...]]] = {
     "chair": (_build_chair, (-30, 65), 0.85, ("seat", "back", "legs")),
     "dog": (_build_dog, (-20, 48), 0.35, ("muzzle", "head", "body", "legs", "ear", "tail")),
     "car": (_build_car, (-38, 48), 0.05, ("body", "windows", "wheels", "lights")),

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from mia_utils.datasets.scenes.geometry import Aim, Solids, describe, find_windows, shade_ground, shade_solids, trace
+from mia_utils.datasets.scenes.geometry import Solids
 from mia_utils.datasets.scenes.materials import BANK, Dice, Material, weave_pattern
-from mia_utils.datasets.scenes.objects import CLASS_NAMES, KINDS, PART_NAMES, Model
+from mia_utils.datasets.scenes.objects import CLASS_NAMES, KINDS, PART_NAMES
 
 
 @lru_cache(maxsize=4)
@@ -31,59 +31,50 @@ def make_blur(side: int, sigma: float) -> np.ndarray:
 def look_up(bank: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Smooth value noise: interpolate the periodic tile ``bank`` (64 x 64, flat) at x, y (n,) in cells."""
     x0, y0 = np.floor(x), np.floor(y)
-    fx, fy = x - x0, y - y0
-    fx *= fx * (3.0 - 2.0 * fx)
-    fy *= fy * (3.0 - 2.0 * fy)
+    fx, fy = (f * (f * (3.0 - 2.0 * f)) for f in (x - x0, y - y0))
     i, j = x0.astype(np.int64) & (BANK - 1), (y0.astype(np.int64) & (BANK - 1)) * BANK
     i1, j1 = (i + 1) & (BANK - 1), (j + BANK) & (BANK * BANK - 1)
     left, right = bank.take(i + j), bank.take(i1 + j)
     left += fy * (bank.take(i + j1) - left)
     right += fy * (bank.take(i1 + j1) - right)
-    left += fx * (right - left)
-    return left
+    return left + fx * (right - left)
 
 
 def place(dice: Dice, solids: Solids, yaws: list[tuple[float, float]]):
     """Give every object its pose, size and place.
 
     Returns:
-        (right, up, ray, origin): the camera's axes and rays (3,), where in the frame (2,) the world's origin lies.
+        (right, up, ray, origin): the camera's axes and rays (4,), where in the frame (2,) the world's origin lies.
     """
     elevation = math.radians(dice(9, 27))
     roll, mirror = math.radians(dice(-4, 4)), dice.choose((-1.0, 1.0))
-    right = np.array((mirror, 0.0, 0.0))
-    up = np.array((0.0, math.cos(elevation), -math.sin(elevation)))
-    ray = np.array((0.0, -math.sin(elevation), -math.cos(elevation)))
+    c, s = math.cos(elevation), math.sin(elevation)
+    right, up, ray = np.array(((mirror, 0.0, 0.0, 0.0), (0.0, c, -s, 0.0), (0.0, -s, -c, 0.0)))
     right, up = math.cos(roll) * right + math.sin(roll) * up, math.cos(roll) * up - math.sin(roll) * right
-    screen = np.stack([right, up, (0.0, 1.0, 0.0)])
-    origin = np.zeros(2)
-    first = 0
+    screen, origin = np.stack([right, up, (0.0, 1.0, 0.0, 0.0)]), np.zeros(2)
     for index, yaw_range in enumerate(yaws):
-        which = slice(first, first + solids.model.count(index))
-        first = which.stop
-        yaw = math.radians(dice(*yaw_range))
+        mine, yaw = solids.objects == index, math.radians(dice(*yaw_range))
         c, s = math.cos(yaw), math.sin(yaw)
-        turn = np.array(((c, 0.0, s), (0.0, 1.0, 0.0), (-s, 0.0, c)))
-        turn *= (dice(0.9, 1.12), dice(0.9, 1.12), dice(0.9, 1.12))  # proportions vary once more as a whole
-        solids.axes[which] = turn @ solids.axes[which]
-        solids.centers[which] = solids.centers[which] @ turn.T
-        low, high = solids.find_extent(screen, which)
+        turn = np.array(((c, 0.0, s, 0.0), (0.0, 1.0, 0.0, 0.0), (-s, 0.0, c, 0.0), (0.0, 0.0, 0.0, 1.0)))
+        turn[:, :3] *= (dice(0.9, 1.12), dice(0.9, 1.12), dice(0.9, 1.12))  # proportions vary once more as a whole
+        solids.poses[mine] = turn @ solids.poses[mine]
+        low, high = solids.find_extent(screen, mine)
         low, high = low.min(axis=1), high.max(axis=1)
-        width, height = high[0] - low[0], high[1] - low[1]
+        width, height, _ = high - low
         if index == 0:  # the main object: its bounding box takes 35-70 % of the frame where its proportions allow
             scale = min(math.sqrt(dice(0.38, 0.7) / (width * height)), 0.95 / width, 0.95 / height)
             room = 0.98 - scale * width, 0.98 - scale * height
             corner = np.array((dice(0.02, room[0]), dice(0.02, 0.02 + 0.8 * (room[1] - 0.02))))
             shift = np.array((0.0, -scale * low[2], 0.0))  # feet on the ground
-            origin = corner - scale * low[:2] - screen[:2] @ shift
+            origin = corner - scale * low[:2] - screen[:2, :3] @ shift
         else:  # a small companion beside it, nearer or farther
             scale = dice(0.22, 0.34) / max(width, height)
             u = dice(0.04, 0.25) if dice.chance(0.5) else dice(0.75, 0.96)
             depth = dice(-0.6, 0.25)
             shift = np.array(((u - origin[0] - right[2] * depth) / right[0], -scale * low[2], depth))
-        solids.axes[which] *= scale
-        solids.centers[which] *= scale
-        solids.centers[which] += shift
+        move = np.diag((scale, scale, scale, 1.0))
+        move[:3, 3] = shift
+        solids.poses[mine] = move @ solids.poses[mine]
     return right, up, ray, origin
 
 
@@ -95,7 +86,7 @@ def render(rng: np.random.Generator, size: int, style: str):
     over = 2 if size <= 256 else 1  # samples per side of a pixel
     side = size * over
     grid = make_grid(side)
-    u, v = grid[1].ravel(), grid[2].ravel()
+    u, v = grid[1:].reshape(2, -1)
 
     # What is in the scene and where.
     kinds = [dice.choose(CLASS_NAMES)]
@@ -103,79 +94,81 @@ def render(rng: np.random.Generator, size: int, style: str):
     if dice.chance(0.3):
         kinds.append(CLASS_NAMES[(label + 1 + int(dice(0, len(CLASS_NAMES) - 1))) % len(CLASS_NAMES)])
     indoors = dice.chance(KINDS[kinds[0]][2])
-    models = [Model() for _ in kinds]
-    for kind, model in zip(kinds, models, strict=True):
-        KINDS[kind][0](model, dice)
-    solids = Solids(models)
+    solids = Solids()
+    for solids.n_objects, kind in enumerate(kinds):
+        KINDS[kind][0](solids, dice)
+    solids.make_arrays()
     right, up, ray, origin = place(dice, solids, [KINDS[kind][1] for kind in kinds])
-    solids.freeze()
-    n_solids = len(solids.shapes)
+    solids.settle()
 
     # One light: a sun, a window or (at night) a lamp, from the side so that shadows are seen, never from behind.
     azimuth, height = math.radians(dice(-12, 60)), math.radians(dice(28, 58))
     azimuth = azimuth if dice.chance(0.5) else math.pi - azimuth
-    light = np.array((math.cos(azimuth) * math.cos(height), math.sin(height), math.sin(azimuth) * math.cos(height)))
+    flat = math.cos(height)
+    light = np.array((math.cos(azimuth) * flat, math.sin(height), math.sin(azimuth) * flat, 0.0))
 
     # The camera is orthographic and the ground is a plane: where a ray starts and where it meets the ground are
     # linear in (1, u, v), and so is the screen position of a point's shadow in the point.
-    corner = -origin[0] * right - origin[1] * up
+    corner = np.array((0.0, 0.0, 0.0, 1.0)) - origin[0] * right - origin[1] * up
     frame = np.stack([corner, right, up], axis=1)
     on_ground = frame - np.outer(ray / ray[1], frame[1])
-    flattened = frame.T[1:] - np.outer((frame.T[1:] @ light) / light[1], (0.0, 1.0, 0.0))
-    low, high = solids.find_extent(np.concatenate([[right, up], flattened, [(0.0, 0.0, -1.0)]]))
-    home = np.zeros((n_solids, 3, 4))
-    home[:, :, 0] = solids.centers
-    into = np.eye(3, 4, 1) - home  # (1, x, y, z) -> point relative to each solid
+    screen = np.stack([right, up])
+    screen[:, 3] = origin
+    shadows = screen - np.outer((screen @ light) / light[1], (0.0, 1.0, 0.0, 0.0))
+    low, high = solids.find_extent(np.stack([*screen, *shadows, (0.0, 0.0, -1.0, 0.0)]))
     with np.errstate(invalid="ignore", divide="ignore"):  # rays that miss give not-a-number on purpose
         erosion = look_up(bank, 26.0 * u, 26.0 * v).reshape(side, side) ** 2 if any(solids.rough) else None
-        aim = Aim(solids, solids.inverse @ (frame - home[:, :, :3]), ray)
-        nearest, depth = trace(solids, aim, find_windows(low[:2], high[:2], origin, side), grid, erosion)
-        aim = Aim(solids, solids.inverse @ (on_ground - home[:, :, :3]), light)
-        shadow = shade_ground(aim, find_windows(low[2:4], high[2:4], origin, side), grid)
+        nearest, depth = np.full((side, side), -1, np.int16), np.full((side, side), np.inf)
+        for k, here, enter, leave in solids.sweep(low[:2], high[:2], grid, frame, ray, erosion):
+            # The margin decides for the first of two touching surfaces, whatever the last bit of the arithmetic says.
+            seen = (enter < leave) & (enter < depth[here] - 1e-9)
+            np.copyto(depth[here], enter, where=seen)
+            np.copyto(nearest[here], k, where=seen)
+        shadow = np.zeros((side, side), bool)
+        for _, here, enter, leave in solids.sweep(low[2:4], high[2:4], grid, on_ground, light):
+            shadow[here] |= (enter < leave) & (leave > 1e-6)
 
         # From here on samples are sorted by material, so that what shares one is a slice: wall, ground, solids.
         horizon = max(origin[1] + up[2] * -high[4].max() + 0.02, dice(0.3, 0.72))
         slope = math.tan(math.radians(dice(-14, 14))) if indoors else 0.0
         below = horizon + slope * (u - 0.5) - v
-        nearest = nearest.ravel()
-        code = np.where(nearest >= 0, nearest + np.int16(2), below > 0).astype(np.int16)
+        code = np.where(nearest.ravel() >= 0, nearest.ravel() + 2, below > 0).astype(np.int16)
         order = np.argsort(code, kind="stable")
-        bounds = np.searchsorted(code[order], np.arange(n_solids + 3)).tolist()
-        n_wall, n_back = bounds[1], bounds[2]
-        seen = order[n_back:]
-        owner = nearest[seen]
-        rays = grid.reshape(3, -1).take(seen, axis=1)
-        points = np.empty((4, len(seen)))
-        points[0] = 1.0
-        points[1:] = frame @ rays + ray[:, None] * depth.ravel().take(seen)
+        bounds = np.searchsorted(code[order], np.arange(len(solids.parts) + 3)).tolist()
+        n_wall, n_back = bounds[1:3]
+        seen, owner = order[n_back:], code[order[n_back:]] - 2
+        points = frame @ grid.reshape(3, -1).take(seen, axis=1) + ray[:, None] * depth.ravel().take(seen)
         # Small things (an eye, a rung) cast no shadow worth its price on other solids.
-        casters = np.flatnonzero(((high[:2] - low[:2]).min(axis=0) > 0.06) & (solids.sizes.max(axis=1) > 0.05))
-        blocked = shade_solids(Aim(solids, solids.inverse @ into, light), casters.tolist(), owner, points)
-    points = points[1:]
-    normals, s_solid, t_solid, face = describe(solids, points, owner, [b - n_back for b in bounds[2:]])
+        blocked = np.zeros(len(seen), bool)
+        for k in np.flatnonzero(((high[:2] - low[:2]).min(axis=0) > 0.06) & (solids.sizes.max(axis=1) > 0.05)):
+            enter, leave = solids.cross(k, solids.inverse[k] @ points, light)
+            blocked |= (enter < leave) & (leave > 0.012) & (owner != k)
 
-    # Surface coordinates and light: of the wall, of the ground in perspective ...
+    # Surface coordinates and light: of the wall, of the ground in perspective, of the solids.
     floor, wall = furnish(dice, kinds[0], indoors)
     materials = [wall, floor, *solids.materials]
-    u_sorted, v_sorted = u.take(order), v.take(order)
-    far = 0.55 / np.maximum(below.take(order[n_wall:n_back]) + (0.35 if indoors else 0.12), 0.05)
-    s = np.concatenate([u_sorted[:n_wall], (u_sorted[n_wall:n_back] - 0.5) * far, s_solid])
-    t = np.concatenate([v_sorted[:n_wall], 0.75 * far, t_solid])
+    u_sorted, v_sorted, ground = u.take(order), v.take(order), order[n_wall:n_back]
+    s, t, normals, face = u_sorted.copy(), v_sorted.copy(), np.empty((3, len(seen))), np.empty(len(seen), np.int16)
+    far = 0.55 / np.maximum(below.take(ground) + (0.35 if indoors else 0.12), 0.05)
+    s[n_wall:n_back], t[n_wall:n_back] = (u_sorted[n_wall:n_back] - 0.5) * far, 0.75 * far
+    for k, (start, stop) in enumerate(zip(bounds[2:-1], bounds[3:], strict=True)):
+        if start < stop:
+            here = slice(start - n_back, stop - n_back)
+            normals[:, here], s[start:stop], t[start:stop], face[here] = solids.describe(k, points[:, here])
     # Soft shadow on the ground: sharp enough to have a form, wide enough for a lamp that is not a point.
     blur, wide = make_blur(side, 0.012), make_blur(side, 0.05)
-    soft = (blur @ shadow.astype(float) @ blur.T).ravel().take(order[n_wall:n_back])
-    contact = (wide @ (shadow | (nearest >= 0).reshape(side, side)) @ wide.T).ravel().take(order[:n_back])
+    contact = (wide @ (shadow | (nearest >= 0)) @ wide.T).ravel().take(order[:n_back])
     lit, sky, highlight = np.empty(side * side), np.empty(side * side), np.zeros(side * side)
     # A wall is brighter towards the side that the light comes from.
     lit[:n_wall] = (0.3 + 0.55 * max(light[2], 0.0)) * (1.0 + light[0] * right[0] * 1.2 * (u_sorted[:n_wall] - 0.5))
-    lit[n_wall:n_back] = light[1] * (1.0 - 0.95 * soft)
+    lit[n_wall:n_back] = light[1] * (1.0 - 0.95 * (blur @ shadow.astype(float) @ blur.T).ravel().take(ground))
     sky[:n_back] = 1.0 - 0.5 * contact
     sky[:n_wall] *= 0.75
-    # ... and of the solids. Less of the sky reaches what looks down and what is near the floor.
-    lit[n_back:] = np.maximum(light @ normals, 0.0) * ~blocked
+    # Less of the sky reaches what looks down and what is near the floor.
+    lit[n_back:] = np.maximum(light[:3] @ normals, 0.0) * ~blocked
     sky[n_back:] = (0.6 + 0.4 * normals[1]) * (0.55 + 0.45 * np.minimum(points[1] / 0.12, 1.0))
     half = light - ray
-    shine = np.maximum((half / math.sqrt(half @ half)) @ normals, 0.0) * ~blocked
+    shine = np.maximum((half[:3] / math.sqrt(half @ half)) @ normals, 0.0) * ~blocked
     for _ in range(3):
         shine *= shine
     highlight[n_back:] = shine * shine * shine  # to the power of 24
@@ -194,44 +187,34 @@ def render(rng: np.random.Generator, size: int, style: str):
         if start < stop:
             here = slice(start, stop)
             weight, shade = weave_pattern(material, s[here], t[here], coarse[here], fine[here])
-            np.outer(material.colors[1] - material.colors[0], weight * shade, out=albedo[:, here])
-            albedo[:, here] += np.outer(material.colors[0], shade)
+            first, second = material.colors
+            albedo[:, here] = np.outer(first, shade) + np.outer(second - first, weight * shade)
 
-    highlight *= gloss
-    lights = (lit, sky, highlight, glow)
-    sorted_image = expose(dice, albedo, lights, u_sorted, v_sorted, n_wall, night=night, bare_sky=wall.kind == "sky")
-    image = np.empty_like(sorted_image)
-    image[:, order] = sorted_image
+    lights, bare_sky = (lit, sky, highlight * gloss, glow), wall.kind == "sky"
+    image = np.empty_like(albedo)
+    image[:, order] = expose(dice, albedo, lights, u_sorted, v_sorted, n_wall, night=night, bare_sky=bare_sky)
     if sketch:
         marks = code * np.int16(8)
         marks[seen] += face
         image = draw_pencil(dice, image, bank, code, marks, u, v, size)
-    image = image.reshape(3, size, over, size, over)
-    if over == 2:
-        image = image[:, :, 0] + image[:, :, 1]
-        image = (image[..., 0] + image[..., 1]) / 4
-    image = sense(rng, dice, image.reshape(3, size, size), night=night, sketch=sketch)
+    image = image.reshape(3, size, over, size, over).mean(axis=(2, 4))
+    image = sense(rng, dice, image, night=night, sketch=sketch)
 
     # Semantic mask, and boxes around what is seen of the parts of the main object.
-    classes = np.array([0, 1, *(2 + CLASS_NAMES.index(kinds[i]) for i in solids.model)], dtype=np.uint8)
+    classes = np.array([0, 1, *(2 + CLASS_NAMES.index(kinds[i]) for i in solids.objects)], dtype=np.uint8)
     mask = classes[code].reshape(side, side)[over // 2 :: over, over // 2 :: over]
     boxes = np.full((len(PART_NAMES), 4), np.nan, dtype=np.float32)
-    rows, columns = np.divmod(seen, side)
-    pieces: dict[str, list[int]] = {}
-    for k, (part, model) in enumerate(zip(solids.parts, solids.model, strict=True)):
-        if model == 0 and bounds[k + 2] < bounds[k + 3]:
-            pieces.setdefault(part, []).append(k)
-    for part, members in pieces.items():
-        spans = [slice(bounds[k + 2] - n_back, bounds[k + 3] - n_back) for k in members]
-        if sum(span.stop - span.start for span in spans) >= over * over:  # at least a pixel of it
-            top, bottom = min(rows[a.start] for a in spans), max(rows[a.stop - 1] for a in spans) + 1
-            left, end = min(columns[a].min() for a in spans), max(columns[a].max() for a in spans) + 1
-            boxes[PART_NAMES.index(part)] = top / over, left / over, bottom / over, end / over
+    parts = np.where(solids.objects == 0, [PART_NAMES.index(part) for part in solids.parts], -1)[owner]
+    places = np.stack(np.divmod(seen, side))
+    for part in np.unique(parts[parts >= 0]):
+        here = places[:, parts == part]
+        if here.shape[1] >= over * over:  # at least a pixel of it
+            boxes[part] = np.concatenate([here.min(axis=1), here.max(axis=1) + 1]) / over
     return image, mask, label, boxes
 
 
 def furnish(dice: Dice, kind: str, indoors: bool) -> tuple[Material, Material]:
-    """Materials of the ground and of what is behind it."""
+    """Draw the materials of the ground and of what is behind it."""
     if indoors:
         floor = Material(dice, "planks", "planks", "carpet", "checks", "wood", "stone")
         wall = Material(dice, "plaster", "plaster", "brick", "stripes", "plaid", "planks", "spots", "cloth")
@@ -251,14 +234,7 @@ def furnish(dice: Dice, kind: str, indoors: bool) -> tuple[Material, Material]:
 
 
 def expose(dice, albedo, lights, u, v, n_wall: int, *, night: bool, bare_sky: bool) -> np.ndarray:
-    """Light the samples at u, v (n,) like a well exposed photograph; (3, n) linear.
-
-    Args:
-        albedo: (3, n) linear reflectance, the wall's ``n_wall`` samples first.
-        lights: four arrays (n,): share of the lamp and of the sky that arrives, highlight, light of its own.
-        night: lamp light on a dark scene instead of day light.
-        bare_sky: behind the ground is a sky, not a wall.
-    """
+    """Light samples (3, n) at u, v, the wall's first, like a good photograph; ``lights``: lamp, sky, highlight, own."""
     lit, sky, highlight, glow = lights
     if night:
         lamp = np.array((1.0, dice(0.62, 0.82), dice(0.3, 0.55)))
@@ -277,41 +253,33 @@ def expose(dice, albedo, lights, u, v, n_wall: int, *, night: bool, bare_sky: bo
         if bare_sky:  # a sky gives light instead of receiving it; it is paler towards the horizon
             lit[:n_wall], sky[:n_wall] = 0.75 - 0.25 * v[:n_wall], 1.0
     image = albedo * (np.outer(lamp, lit) + np.outer(fill, sky)) + np.outer(0.7 * lamp, highlight)
-    if glow.any():
-        image += glow * (0.25 + albedo) * np.array(((1.0,), (0.72,), (0.38,)))
+    image += glow * (0.25 + albedo) * np.array(((1.0,), (0.72,), (0.38,)))
     if night and bare_sky:
         for _ in range(int(dice(0, 6))):  # distant lights, out of focus
             far = np.hypot(u[:n_wall] - dice(), v[:n_wall] - dice(0.4, 1.0)) / dice(0.012, 0.045)
             color = np.array((1.0, dice(0.4, 0.9), dice(0.1, 0.9))) * dice(0.1, 0.35)
             image[:, :n_wall] += np.outer(color, np.clip(3.0 - 3.0 * far, 0.0, 1.0))
-    target = dice(0.06, 0.1) if night else dice(0.16, 0.34)
-    return image * (target / image.mean())
+    return image * ((dice(0.06, 0.1) if night else dice(0.16, 0.34)) / image.mean())
 
 
 def draw_pencil(dice, image, bank, code, marks, u, v, size: int) -> np.ndarray:
     """Redraw a lit image with pencil on paper: hatching for tone, wavering contours where surfaces meet; (3, n)."""
-    n = len(u)
-    side = math.isqrt(n)
-    background = code < 2
+    side = math.isqrt(len(u))
     tone = np.sqrt(np.minimum(image.mean(axis=0) * 1.7, 1.0))
-    dark = (1.0 - tone) * np.where(background, dice(0.3, 0.75), 1.0)  # the hand spends less on the background
+    dark = (1.0 - tone) * np.where(code < 2, dice(0.3, 0.75), 1.0)  # the hand spends less on the background
     waver = look_up(bank, 5.0 * u + 7, 5.0 * v), look_up(bank, 5.0 * u, 5.0 * v + 31)
-    grain = min(0.9 * size, 110.0)
+    grain, rate = min(0.9 * size, 110.0), min(0.36 * size, 40.0)  # of the paper; strokes per frame
     tooth = look_up(bank, grain * u, grain * v)
-    rate = min(0.36 * size, 40.0)  # strokes per frame
     turn = dice(0.4, 1.2) + dice(0.15, 0.5) * (code % 7 - 3)  # each surface is hatched in a direction of its own
     ink = (0.22 if size >= 64 else 0.45) * dark  # smudged graphite under the strokes
     for cross, start in ((0.0, 0.1), (1.3, 0.5)):
         phase = rate * (u * np.cos(turn + cross) + v * np.sin(turn + cross)) + 0.55 * waver[0] + 0.2 * waver[1]
         stroke = np.cos(2 * math.pi * phase)
         ink += np.clip((dark - start) * 1.3, 0.0, 0.7) * np.clip(0.55 + 1.1 * stroke + 0.5 * tooth, 0.0, 1.1)
-    rows, columns = np.divmod(np.arange(n), side)
-    width = max(1, round(side / 200))
-    for sign in (1.0, -0.8):  # two passes of the hand, never on the same line
-        reach = sign * 0.012 * side
-        r = np.clip(rows + np.rint(reach * waver[0]).astype(np.int64), 0, side - 1)
-        c = np.clip(columns + np.rint(reach * waver[1]).astype(np.int64), 0, side - 1)
-        moved = marks[r * side + c].reshape(side, side)
+    places, width = np.stack(np.divmod(np.arange(len(u)), side)), max(1, round(side / 200))
+    for reach in (0.012 * side, -0.8 * 0.012 * side):  # two passes of the hand, never on the same line
+        rows, columns = np.clip(places + np.rint(reach * np.stack(waver)).astype(np.int64), 0, side - 1)
+        moved = marks[rows * side + columns].reshape(side, side)
         edge = np.zeros((side, side), dtype=bool)
         edge[:-width] |= moved[:-width] != moved[width:]
         edge[:, :-width] |= moved[:, :-width] != moved[:, width:]
@@ -326,11 +294,11 @@ def draw_pencil(dice, image, bank, code, marks, u, v, size: int) -> np.ndarray:
 
 def sense(rng, dice, image, *, night: bool, sketch: bool) -> np.ndarray:
     """Photon and read noise, then the transfer curve of a camera; (3, S, S) linear light -> (S, S, 3) uint8."""
-    shot, read = (0.01, 0.002) if sketch else (dice(0.02, 0.045), 0.004) if night else (dice(0.015, 0.035), 0.004)
+    shot, read = (0.01, 0.002) if sketch else (dice(0.02, 0.045) if night else dice(0.015, 0.035), 0.004)
     image = np.maximum(image, 0.0)
     image += rng.standard_normal(image.shape) * (shot * np.sqrt(image) + read)
     if not sketch:
-        np.maximum(image, 0.0, out=image)
+        image = np.maximum(image, 0.0)
         image *= (1.0 + 0.35 * image) / (1.0 + image) * 1.35  # a soft shoulder instead of burnt highlights
     # Gamma 2 instead of 2.2: a square root is fast and the same to the last bit on every machine.
     return np.rint(np.sqrt(np.clip(image, 0.0, 1.0)) * 255.0).astype(np.uint8).transpose(1, 2, 0)
