@@ -7,6 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from lightly.models.utils import patchify
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
@@ -156,7 +157,7 @@ def test_a_reference_is_subtracted_under_the_same_masks(model, images):
 def test_standardized_patches_come_back_as_pixels(images):
     model = pretrain.build("mae", "vit_nano_patch8_32", norm_pix_loss=True).eval()
     x = torch.from_numpy(images[:4]).permute(0, 3, 1, 2) / 255
-    patches = model.patchify(2 * x - 1)
+    patches = patchify(2 * x - 1, 8)
     standard = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     masks = mim.draw_masks(2, 16)
     perfect, model.predict_from = model.predict_from, lambda tokens, masks: standard.repeat_interleave(2, 0)
@@ -345,7 +346,7 @@ def test_a_model_that_cannot_reconstruct_is_told_the_way_out(images):
     vit, resnet = encoders.make("vit_nano_patch8_32"), encoders.make("resnet_thin_32")
     wrapped = encoders.wrap(lambda x: x.flatten(1), size=32, name="mine")
     cases = [
-        (vit, "got the encoder 'untrained-vit_nano_patch8_32' alone: train a decoder .* attacks.mim.fit_decoder"),
+        (vit, "the encoder 'untrained-vit_nano_patch8_32' alone: train a decoder .* attacks.mim.fit_decoder"),
         (resnet, "it has no patches to mask"),
         (wrapped, "'mine' alone: it has no patches to mask"),
         (None, r"got None \(this method has no decoder\)"),

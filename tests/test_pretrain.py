@@ -5,6 +5,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from lightly.models.utils import patchify, unpatchify
 
 from mia_utils import pretrain
 from mia_utils.datasets import scenes
@@ -96,7 +97,7 @@ def test_the_queue_s_loss_is_the_cross_entropy_of_key_against_queue(pictures):
     images = torch.from_numpy(pictures[0][:3]).permute(0, 3, 1, 2)
     with torch.no_grad():
         loss = method.loss(images, augmentation="none", size=32, rng=np.random.default_rng(0), progress=0.0)
-        vector = method.projector(method._read(2 * images.float() / 255 - 1)[1].mean(1))
+        vector = method.projector(method._read(2 * images.float() / 255 - 1))
     expected = []
     for row in (vector / vector.norm(dim=1, keepdim=True)).double():
         positive, negatives = 1 / 0.5, [float(row @ key.double()) / 0.5 for key in method.queue]  # view and key agree
@@ -156,13 +157,12 @@ DAMAGE = {
     "text": lambda data: b"not a state",
     "cut off": lambda data: data[: len(data) // 2],
     "last byte missing": lambda data: data[:-1],
-    "a byte more": lambda data: data + b"x",
     "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
     "zeroed": lambda data: data[:5000] + bytes(4096) + data[9096:],
 }
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE, "other shape", "no digest", "old layout"])
+@pytest.mark.parametrize("damage", [*DAMAGE, "other shape", "old layout"])
 def test_a_damaged_resume_state_is_said_and_the_training_starts_over(pictures, tmp_path, capsys, damage):
     path, settings = tmp_path / "resume.pt", dict(epochs=2, batch_size=8, resume_path=tmp_path / "resume.pt", **TINY)
     pretrain.fit("mae", pictures[0][:16], stop_after=3, **settings)
@@ -175,8 +175,6 @@ def test_a_damaged_resume_state_is_said_and_the_training_starts_over(pictures, t
             whole = run_module.ResumeFile(path, {})
             whole.settings = saved["settings"]
             whole.write(saved)  # sound, but not of this model
-        elif damage == "no digest":
-            torch.save(saved, path)
         else:
             torch.save({"epoch": 1}, path)
     whole = pretrain.fit("mae", pictures[0][:16], epochs=2, batch_size=8, **TINY)
@@ -202,16 +200,10 @@ def test_on_a_full_disk_the_training_goes_on_without_its_resume_state(pictures, 
 
 
 def test_what_is_recorded_changes_no_weight(pictures):
-    settings = dict(heldout=pictures[0][32:56], epochs=9, batch_size=8, checkpoints=[2], **TINY)
-    whole = pretrain.fit("mae", pictures[0][:32], **settings)
-    few = pretrain.fit("mae", pictures[0][:32], record_every=4, record_images=8, **settings)
-    assert whole.history.epoch.tolist() == [*range(10)] and few.history.epoch.tolist() == [0, 2, 4, 8, 9]
-    assert whole.settings == few.settings and few.checkpoints == [0, 2, 9]
-    assert all(torch.equal(value, few.states[9][key]) for key, value in whole.states[9].items())
-    first = pretrain.fit("mae", pictures[0][:8], heldout=pictures[0][32:40], epochs=1, **TINY).history.iloc[0]
-    assert tuple(few.history.iloc[0][["loss_members", "loss_heldout"]]) == (first.loss_members, first.loss_heldout)
-    with pytest.raises(ValueError, match="expected record_every at least 1, got 0"):
-        pretrain.fit("mae", pictures[0][:8], epochs=1, record_every=0, **TINY)
+    settings = dict(epochs=9, batch_size=8, checkpoints=[2], **TINY)
+    both, alone = (pretrain.fit("mae", pictures[0][:32], **settings, heldout=h) for h in (pictures[0][32:56], None))
+    assert both.history.epoch.tolist() == [*range(10)] and both.checkpoints == [0, 2, 9]
+    assert all(torch.equal(value, alone.states[9][key]) for key, value in both.states[9].items())
 
 
 def test_the_same_seed_repeats_and_the_global_state_is_left_alone(pictures):
@@ -244,23 +236,15 @@ def test_a_run_is_saved_and_read_with_every_checkpoint(pictures, tmp_path):
 
 def test_the_untrained_twin_is_the_encoder_before_the_first_step(pictures):
     run = pretrain.fit("mae", pictures[0][:16], epochs=1, seed=7, **TINY)
-    twin = pretrain.make_untrained("mae", "vit_nano_patch8_32", seed=7)
-    assert torch.equal(twin.module.blocks[1].attn.qkv.weight, run.encoder_at(0).module.blocks[1].attn.qkv.weight)
-
-
-def test_mae_cuts_patches_and_puts_them_together_again():
-    method = pretrain.build("mae", "vit_nano_patch8_32")
-    images = torch.rand(2, 3, 32, 32)
-    patches = method.patchify(images)
-    assert torch.equal(method.unpatchify(patches), images)
-    assert torch.equal(patches[0, 5].reshape(8, 8, 3), images[0, :, 8:16, 8:16].permute(1, 2, 0))  # row 1, column 1
+    twin = pretrain.build("mae", "vit_nano_patch8_32", seed=7).backbone
+    assert torch.equal(twin.blocks[1].attn.qkv.weight, run.encoder_at(0).module.blocks[1].attn.qkv.weight)
 
 
 def test_mae_never_looks_at_hidden_patches():
     method = pretrain.build("mae", "vit_nano_patch8_32").eval()
     masks = mae.draw_masks(3, 16, 0.75, np.random.default_rng(0))
     images = torch.rand(3, 3, 32, 32)
-    changed = method.unpatchify(torch.where(masks[..., None], torch.rand(3, 16, 192), method.patchify(images)))
+    changed = unpatchify(torch.where(masks[..., None], torch.rand(3, 16, 192), patchify(images, 8)), 8)
     assert torch.allclose(method.reconstruct(images, masks), method.reconstruct(changed, masks), atol=1e-6)
     assert not torch.allclose(method.reconstruct(images, masks), method.reconstruct(1 - changed, masks), atol=1e-3)
 

@@ -1,7 +1,14 @@
 """Training of encoders and segmenters: one file per method, one loop."""
 
-from mia_utils.pretrain.loop import fit
-from mia_utils.pretrain.registry import METHODS, build, derive_seed, make_untrained, register
-from mia_utils.pretrain.run import Run
+import importlib
 
-__all__ = ["METHODS", "Run", "build", "derive_seed", "fit", "make_untrained", "register"]
+# Loaded when first used: the packages that train take seconds, and audits run without them.
+_PUBLIC = {"METHODS": "registry", "Run": "run", "build": "registry", "derive_seed": "registry", "fit": "loop"}
+_PUBLIC |= {"register": "registry"}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"mia_utils.pretrain.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'mia_utils.pretrain' has no attribute {name!r}")

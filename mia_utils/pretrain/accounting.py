@@ -12,7 +12,7 @@ import warnings
 ACCOUNTANT = "rdp"  # looser than "prv" by some percent, but stable for every noise and number of steps
 METHODS = ("mae", "simmim", "unet")  # whose per-example gradients were checked
 _CONTRASTIVE = "its loss compares the images of a batch, so clipping one image's gradient bounds nothing"
-_COUPLED = {name: _CONTRASTIVE for name in ("simclr", "moco", "moco-v1", "moco-v2")}
+_COUPLED = dict.fromkeys(("simclr", "moco", "moco-v1", "moco-v2"), _CONTRASTIVE)
 _COUPLED["dino"] = "the center of its teacher is a mean over the batch, so clipping one image's gradient bounds nothing"
 _COUPLING = {"mixup": "mixes two images", "distill": "trains a teacher that would not be private"}
 _COUPLING |= {"minmax": "compares images"}
@@ -21,22 +21,18 @@ _KEYS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
 
 def refuse(method: str, cls: type, privacy: dict, options: dict, *, precision: str, frozen: bool) -> None:
     """Raise a one-line error for a training that can't be private, above all one that couples images."""
-    if not isinstance(privacy, dict) or set(privacy) - set(_KEYS):
-        raise ValueError(f"expected privacy a mapping of {', '.join(_KEYS)}, got {privacy!r}")
-    if method in _COUPLED:
-        raise ValueError(f"{method} can't be trained with privacy: {_COUPLED[method]}")
-    if not hasattr(cls, "losses"):
-        raise ValueError(
-            f"{method} can't be trained with privacy here: it has no loss per image (method losses) that was checked; "
-            f"expected one of {', '.join(METHODS)}"
-        )
-    for name, reason in _COUPLING.items():
-        if options.get(name):
-            raise ValueError(f"option {name} can't be combined with privacy: it {reason}")
-    if frozen:
-        raise ValueError("privacy= goes with a whole training: a decoder over a frozen encoder= is the attacker's own")
-    if precision != "32-true":
-        raise ValueError(f"private training needs precision '32-true', got {precision!r}")
+    coupling = next((name for name in _COUPLING if options.get(name)), "")
+    for wrong, message in (
+        (not isinstance(privacy, dict) or set(privacy) - set(_KEYS),
+         f"expected privacy a mapping of {', '.join(_KEYS)}, got {privacy!r}"),
+        (not hasattr(cls, "losses"),
+         f"{method} can't be trained with privacy: {_COUPLED.get(method, 'it has no loss per image')}"),
+        (coupling, f"option {coupling} can't be combined with privacy: it {_COUPLING.get(coupling)}"),
+        (frozen, "privacy= goes with a whole training: a decoder over a frozen encoder= is the attacker's own"),
+        (precision != "32-true", f"private training needs precision '32-true', got {precision!r}"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
 
 
 def plan_privacy(
@@ -54,20 +50,18 @@ def plan_privacy(
         max_grad_norm: norm C that each image's gradient is clipped to (PartCrop's authors: 1.2).
 
     Returns:
-        The plan: epsilon (as reached; inf without noise), delta, max_grad_norm, noise_multiplier, sample_rate, steps,
-        accountant. A value outside its range, or a budget that no noise reaches, raises ValueError.
+        The plan: epsilon (as reached; inf without noise), sample_rate, accountant and what was given.
     """
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ValueError("privacy: expected epsilon or noise_multiplier, one of the two")
     given = {"delta": delta, "max_grad_norm": max_grad_norm, "epsilon": epsilon, "noise_multiplier": noise_multiplier}
-    given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"privacy: expected a finite number as {key}, got {value!r}")
-        if value < 0 or (value == 0 and key != "noise_multiplier"):
-            raise ValueError(f"privacy: expected {key} {'>=' if key == 'noise_multiplier' else '>'} 0, got {value!r}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if value is None or (number and (value > 0 or value == 0 and key == "noise_multiplier")):
+            continue
+        raise ValueError(f"privacy: expected {key} a number above 0, got {value!r}")
     if delta >= 1:
         raise ValueError(f"privacy: expected delta below 1, got {delta!r}")
-    if ("epsilon" in given) == ("noise_multiplier" in given):
-        raise ValueError("privacy: expected epsilon or noise_multiplier, one of the two")
     count = dict(sample_rate=min(batch_size / n_images, 1.0), steps=int(steps))
     if noise_multiplier is None:
         noise_multiplier = _find_noise(epsilon, delta, **count)

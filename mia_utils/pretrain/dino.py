@@ -1,6 +1,6 @@
 """DINO: a student matches the sharpened, centered output of its own momentum teacher over views of many scales.
 
-Source: Caron et al. 2021 (arXiv 2104.14294); loss and head from lightly. The teacher is the encoder that is kept.
+Source: Caron et al. 2021 (arXiv 2104.14294); loss and head from lightly.
 """
 
 from __future__ import annotations
@@ -17,24 +17,21 @@ from torch import Tensor, nn
 
 from mia_utils.models import views
 from mia_utils.pretrain import inputs
+from mia_utils.pretrain.method import Method
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="dino", clip=3.0)
 
 
-class DINO(nn.Module):
-    """DINO over a timm ViT; the class token is the trained vector.
+class DINO(Method):
+    """DINO over a timm ViT, which becomes the teacher, the encoder that is kept; the class token is trained.
 
     Args:
-        backbone: timm VisionTransformer; becomes the teacher, which is the encoder that is kept.
-        input_size: image side in pixels.
         output_dim: number of prototypes (paper: 65,536; 1,024 at this size).
         n_local: local crops of half the side (the released PartCrop recipe uses none, ours two).
         momentum: start of the teacher momentum that grows to 1 by a cosine (paper: 0.996).
         teacher_temperature, student_temperature: paper: 0.04, 0.1.
         hidden_dim, bottleneck_dim: of the head (paper: 2048, 256).
     """
-
-    pooling = "cls"
 
     def __init__(
         self, backbone: nn.Module, *, input_size: int, output_dim: int = 1024, n_local: int = 2,
@@ -75,7 +72,7 @@ class DINO(nn.Module):
         return loss
 
     def after_step(self, progress: float) -> None:
-        """Move the teacher; ``progress`` in [0, 1] is the share of the training done."""
+        """Move the teacher."""
         m = cosine_schedule(round(progress * 10_000), 10_001, self.momentum, 1.0)
         update_momentum(self.student, self.backbone, m)
         update_momentum(self.student_head, self.teacher_head, m)

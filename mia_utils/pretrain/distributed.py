@@ -1,8 +1,7 @@
 """Several processes train one model (``torchrun``): how they are started, and what they agree on.
 
-Process 0 finds, holds and writes the artifact; the others take the same steps on their rows of every batch and write
-nothing. Without torchrun there is one process, and everything here is the identity. Nothing imports torch before it
-is needed.
+Process 0 finds, holds and writes the artifact; the others take the same steps on their rows of every batch. Without
+torchrun there is one process, and everything here is the identity. Nothing imports torch before it is needed.
 """
 
 from __future__ import annotations
@@ -25,16 +24,12 @@ def count() -> int:
 
 
 def get_rank() -> int:
-    """Return the number of this process, 0 to ``count() - 1``; process 0 writes."""
+    """Return the number of this process, 0 to ``count() - 1``."""
     return int(os.environ["RANK"]) if count() > 1 else 0
 
 
 def launch(*, device: str | None = None, precision: str = "32-true") -> Fabric:
-    """Return the fabric that a training runs on: one device, or one for each process of ``torchrun``.
-
-    ``device`` None: CUDA when there is one, else the CPU (processes then talk through gloo). More processes on this
-    machine than GPUs are a ValueError.
-    """
+    """Return the fabric that a training runs on: one device (None: CUDA, else the CPU), or one for each process."""
     import torch
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
@@ -49,8 +44,7 @@ def launch(*, device: str | None = None, precision: str = "32-true") -> Fabric:
             f"expected one GPU for each of the {here} processes on this machine, got {torch.cuda.device_count()}: "
             "start fewer, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
-    # "auto" would be one device on a CPU. static_graph: every step reaches the same weights, if not all of them (MAE's
-    # encoder has a mask token)
+    # "auto" would be one device on a CPU; static_graph: not every weight gets a gradient (MAE's encoder: a mask token)
     strategy = DDPStrategy(static_graph=True)
     fabric = Fabric(devices=here, num_nodes=count() // here, strategy=strategy, **settings)
     fabric.launch()

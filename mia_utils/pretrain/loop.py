@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mia_utils import seeds
-from mia_utils.models import encoders, segmenters
+from mia_utils.models import segmenters
 from mia_utils.models.encoders import Encoder
 from mia_utils.pretrain import accounting, distributed, inputs, registry
-from mia_utils.pretrain.run import INPUT_OPTIONS, ResumeFile, Run
+from mia_utils.pretrain.run import ResumeFile, Run, open_encoder
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 WRITING = 0.05  # share of the time that may go into writing the resume state, however large it is
@@ -41,15 +41,15 @@ def fit(
     heldout_labels: np.ndarray | None = None, augmentation: str | None = None, batch_size: int | None = None,
     lr: float | None = None, weight_decay: float | None = None, warmup: float = 0.05,
     checkpoints: Sequence[int] | None = None, resume_path: str | Path | None = None, save_every: float = 20.0,
-    record_every: int | None = None, record_images: int | None = None, progress: bool = True,
-    device: str | None = None, precision: str = "32-true", stop_after: int | None = None,
+    progress: bool = True, device: str | None = None, precision: str = "32-true", stop_after: int | None = None,
     on_checkpoint: Callable[[int, Encoder], dict] | None = None, privacy: dict | None = None,
     reference: np.ndarray | None = None, reference_labels: np.ndarray | None = None, **options,
 ) -> Run:  # fmt: skip
     """Train an encoder or a segmenter.
 
     Args:
-        method: a key of ``pretrain.METHODS``.
+        method: a key of ``pretrain.METHODS``; ``augmentation``, ``batch_size`` (that of all processes together), ``lr``
+            and ``weight_decay`` (AdamW) are its own where they are None.
         images: (N, H, W, 3) uint8, the members. An array goes onto the device; another array-like (``MappedImages``, a
             memory map) is streamed: its batches are decoded ahead in a thread, to the same weights.
         arch: backbone, ``encoders.ARCHS`` or a timm name; trained at its own input size. None: that of ``encoder``.
@@ -58,31 +58,18 @@ def fit(
         encoder: keep its weights and train only the decoder of a masked-image model over it (the attacker's decoder).
         labels: (N,) int, for supervised training; (N, H, W) for segmenters.
         heldout, heldout_labels: images (M, H, W, 3) that are never trained on; their loss goes into ``history``.
-        augmentation: name from ``views.AUGMENTATIONS``; None: the method's own.
-        batch_size, lr, weight_decay: None: the method's own (AdamW). A batch is that of all processes together.
         warmup: share of the steps with linear warm-up; a cosine to zero follows.
         checkpoints: epochs whose weights are kept; None: five, evenly in the logarithm. 0 and the end always are.
-        resume_path: file from which a killed training goes on at its very step (``ResumeFile``).
+        resume_path: file from which a killed training goes on at its very step.
         save_every: seconds between two writes of it, more where a write takes long; 0: after every step.
-        record_every: epochs between two rows of ``history``; None: 24 rows, evenly in the logarithm. Kept epochs
-            always have one.
-        record_images: measure the losses of ``history`` on the first so many of ``images`` and ``heldout``; None: all.
-        progress: show a bar.
         device: None: CUDA when there is one, else the CPU.
-        precision: ``"32-true"``, or ``"bf16-mixed"`` (``"16-mixed"``): networks in half precision; views, losses,
-            weights and what is measured stay float32.
-        on_checkpoint: called with (epoch, encoder) at every kept epoch, in process 0; its dict goes into ``history``.
+        precision: of the networks; views, losses, weights and what is measured stay float32.
         stop_after: stop after this many steps and return nothing of use (tests of resuming).
-        privacy: train with DP-SGD: ``epsilon`` (or ``noise_multiplier``), ``delta``, ``max_grad_norm`` of
-            ``accounting.plan_privacy``. Batches are then Poisson samples of expected size ``batch_size``, tokens of a
-            ViT keep their start, a segmenter's batch norm becomes group norm; ``settings["privacy"]`` is the plan.
-        reference, reference_labels: images (R, H, W, 3) and label maps outside the members, for a segmenter's option
-            ``minmax``.
+        on_checkpoint: called with (epoch, encoder) at every kept epoch, in process 0; its dict goes into ``history``.
+        privacy: train with DP-SGD: arguments of ``accounting.plan_privacy``. Batches are then Poisson samples of
+            expected size ``batch_size``, tokens of a ViT keep their start, a segmenter has group norm.
+        reference, reference_labels: images (R, H, W, 3) and label maps outside the members, for option ``minmax``.
         options: keyword arguments of the method; of every encoder also ``dropout`` and ``drop_path``.
-
-    Returns:
-        Run. Wrong shapes, unknown names, a loss that is no longer finite, a training that can't be private or a batch
-        that the processes can't share equally raise ValueError.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"expected images (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
@@ -91,9 +78,6 @@ def fit(
     cls, defaults = registry.get(method)
     if precision not in PRECISIONS:
         raise ValueError(f"expected precision one of {', '.join(PRECISIONS)}, got {precision!r}")
-    for name, value in {"record_every": record_every, "record_images": record_images}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"expected {name} at least 1, got {value!r}")
     if encoder is not None:
         arch, options = _freeze(encoder, method, arch, options)
     if arch is None:
@@ -105,9 +89,12 @@ def fit(
         if labels.ndim == 3:  # label maps: void is no class
             both = [x[x != segmenters.VOID] for x in both]
         options.setdefault("n_classes", int(max(x.max(initial=0) for x in both)) + 1)
+    n_processes = distributed.count()
     if privacy is not None:
         accounting.refuse(method, cls, privacy, options, precision=precision, frozen=encoder is not None)
         options = {**options, "norm": "group"} if method in segmenters.ARCHS else options
+        if n_processes > 1:
+            raise ValueError(f"private training runs in one process, got {n_processes}: start it without torchrun")
 
     # what identifies the training: kept in the run, compared before a killed one is continued
     augmentation = augmentation or defaults["augmentation"]
@@ -126,12 +113,10 @@ def fit(
         settings["privacy"] = plan
     if precision != "32-true":
         settings["precision"] = precision
-    if privacy is not None and (n := distributed.count()) > 1:
-        raise ValueError(f"private training runs in one process, got {n}: start it without torchrun")
-    if batch_size % (n := distributed.count()):
+    if batch_size % n_processes:
         raise ValueError(
-            f"expected a batch that {n} processes share equally, got {batch_size} images: set batch_size to a multiple "
-            f"of {n}, or start another number of processes"
+            f"expected a batch that {n_processes} processes share equally, got {batch_size} images: set batch_size to "
+            f"a multiple of {n_processes}, or start another number of processes"
         )
 
     # model and optimizer
@@ -144,13 +129,13 @@ def fit(
         raise ValueError(f"expected queue_size up to half of the {len(images)} images, got {model.queue_size}")
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)  # convolutional networks train half as fast again on a CPU
-    if fabric.world_size > 1 and fabric.device.type == "cuda" and getattr(model, "bn_splits", 1) == 1:
+    if n_processes > 1 and fabric.device.type == "cuda" and getattr(model, "bn_splits", 1) == 1:
         model = convert_sync_batchnorm(model)  # torch has none for CPUs
     if privacy is not None:
         from mia_utils.pretrain import privacy as dp  # opacus takes seconds to import
 
         dp.freeze_tokens(model)
-    size, trained = model.input_size, [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}]
     groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     fused = precision != "16-mixed"  # whose scaled gradients could not be clipped
@@ -161,26 +146,24 @@ def fit(
     wrapped.mark_forward_method("loss")
 
     # data on the device
-    def to_device(labels: np.ndarray | None) -> Tensor | None:
+    def place(images: np.ndarray, labels: np.ndarray | None) -> tuple[Tensor | inputs.Streamed, Tensor | None]:
         if labels is None or not supervised:
-            return None
-        return torch.from_numpy(np.ascontiguousarray(labels)).long().to(fabric.device)
+            return inputs.place(images, fabric.device), None
+        labels = torch.from_numpy(np.ascontiguousarray(labels)).long()
+        return inputs.place(images, fabric.device), labels.to(fabric.device)
 
-    data, targets = inputs.place(images, fabric.device), to_device(labels)
-    sides = {"loss_members": (data, targets)}
+    sides = {"loss_members": place(images, labels)}
     if heldout is not None:
-        sides["loss_heldout"] = (inputs.place(heldout, fabric.device), to_device(heldout_labels))
+        sides["loss_heldout"] = place(heldout, heldout_labels)
     if reference is not None:
-        model.reference = inputs.to_tensor(np.asarray(reference), fabric.device), to_device(reference_labels)
-    private = None
+        model.reference = place(np.asarray(reference), reference_labels)
+    (data, targets), private = sides["loss_members"], None
     if privacy is not None:
         private = dp.PrivateSteps(model, optimizer, plan, images=data, labels=targets, seed=seed)
         print(accounting.describe_privacy(plan), flush=True)
 
     # where it stands
-    states: dict[int, dict[str, Tensor]] = {}
-    history: list[dict] = []
-    step, spent = 0, 0.0
+    step, spent, history, states = 0, 0.0, [], {}
     resume = ResumeFile(resume_path, settings) if resume_path else None
     if resume and (saved := resume.read(model, fabric.device)):
         model.load_state_dict(saved["model"])
@@ -190,30 +173,25 @@ def fit(
         step, history, spent = saved["step"], saved["history"], saved["seconds"]
         states = {int(epoch): {k: w.cpu() for k, w in state.items()} for epoch, state in saved["states"].items()}
     began = last_saved = time.perf_counter()
+    view = dict(augmentation=augmentation, size=model.input_size)
 
     def record(epoch: int) -> None:
         """Add a row to the history, and the weights of a kept epoch to the states."""
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "seconds": spent + time.perf_counter() - began}
-        limits = {name: min(len(x), record_images or len(x)) for name, (x, _) in sides.items()}
-        n = min(batch_size, *limits.values())  # both sides in batches of one size: a contrastive loss grows with it
-        for name, (x, y) in sides.items():
-            row[name] = _measure_loss(model, x, y, limits[name], n, augmentation=augmentation, size=size)
+        n = min(batch_size, *(len(x) for x, _ in sides.values()))  # of one size: a contrastive loss grows with it
+        row |= {name: _measure_loss(model, x, y, n, **view) for name, (x, y) in sides.items()}
         if epoch in kept:
             weights = model.state_dict().items()
             states[epoch] = {k: w.detach().cpu().clone() for k, w in weights if k.startswith(("backbone.", "decoder."))}
             if on_checkpoint is not None and fabric.is_global_zero:
-                if hasattr(model, "as_segmenter"):
-                    face = model.as_segmenter()
-                else:
-                    view = {key: options[key] for key in INPUT_OPTIONS if key in options}
-                    face = encoders.from_module(model.backbone, arch=arch, method=method, **view)
+                segments = hasattr(model, "as_segmenter")
+                face = model.as_segmenter() if segments else open_encoder(model.backbone, method, arch, options)
                 row |= on_checkpoint(epoch, face)
                 _set_training(model)
         history.append(distributed.share(row))
 
     # this process's rows of a batch, and its steps
-    cuda = [fabric.device.index] if fabric.device.type == "cuda" else []
-    n_rows = batch_size // fabric.world_size
+    n_rows = batch_size // n_processes
     own = slice(fabric.global_rank * n_rows, (fabric.global_rank + 1) * n_rows)
 
     def draw_batches(first: int) -> Iterator[np.ndarray]:
@@ -225,18 +203,15 @@ def fit(
 
     def take(step: int) -> Tensor:
         """Take a step; returns the loss."""
-        settings = dict(augmentation=augmentation, size=size, progress=step / n_steps)
-        with torch.random.fork_rng(devices=cuda):  # dropout and drop-path draw from the global state
-            torch.manual_seed(seeds.derive(seed, "train-dropout", step, fabric.global_rank))
-            if private is not None:
-                return private.take(step, **settings)
-            rows, batch = next(batches)
-            rng = seeds.rng(seed, "train-views", step, 0)
-            if fabric.world_size > 1:
-                rng = seeds.RowGenerator(rng, batch_size, own)
-            extra = {} if targets is None else {"labels": targets[rows]}
-            with fabric.autocast():
-                loss = wrapped.loss(batch, rng=rng, **settings, **extra)
+        if private is not None:
+            return private.take_on(private.draw_batch(step), step, progress=step / n_steps, **view)
+        rows, batch = next(batches)
+        rng = seeds.rng(seed, "train-views", step, 0)
+        if n_processes > 1:
+            rng = seeds.RowGenerator(rng, batch_size, own)
+        extra = {} if targets is None else {"labels": targets[rows]}
+        with fabric.autocast():
+            loss = wrapped.loss(batch, rng=rng, progress=step / n_steps, **view, **extra)
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(loss)
         if "clip" in defaults:
@@ -244,15 +219,17 @@ def fit(
         optimizer.step()
         return loss.detach()
 
-    rows = range(record_every, epochs, record_every) if record_every else np.geomspace(1, epochs, RECORDS).round()
-    logged = {*kept, *map(int, rows)}
-    if step == 0 and not history:
+    logged = {*kept, *map(int, np.geomspace(1, epochs, RECORDS).round())}
+    if not history:
         record(0)
     batches = inputs.read(data, draw_batches(step)) if private is None else None
     hidden, pause = not progress or not fabric.is_global_zero, save_every
     bar = tqdm(total=epochs, initial=step // n_batches, unit="epoch", desc=method, disable=hidden)
+    cuda = [fabric.device.index] if fabric.device.type == "cuda" else []
     while step < n_steps:
-        loss = take(step)
+        with torch.random.fork_rng(devices=cuda):  # dropout and drop-path draw from the global state
+            torch.manual_seed(seeds.derive(seed, "train-dropout", step, fabric.global_rank))
+            loss = take(step)
         step += 1
         schedule.step()
         model.after_step(step / n_steps)
@@ -263,7 +240,7 @@ def fit(
             bar.update()
             if epoch in logged:
                 record(epoch)
-        stopped = stop_after is not None and step >= stop_after
+        stopped = step == stop_after
         if resume and fabric.is_global_zero and (stopped or time.perf_counter() - last_saved > pause):
             writing = time.perf_counter()
             content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
@@ -315,12 +292,12 @@ def _set_training(method: nn.Module) -> None:
 
 
 def _measure_loss(
-    method: nn.Module, images: Tensor | inputs.Streamed, labels: Tensor | None, n_images: int, batch_size: int, **view
+    method: nn.Module, images: Tensor | inputs.Streamed, labels: Tensor | None, batch_size: int, **view
 ) -> float:
     """Mean loss of whole batches in eval mode and float32, every process of all, with the same views at every call."""
     method.eval()
     losses, rng = [], seeds.rng(0, "measure-loss")
-    starts = range(0, n_images - batch_size + 1, batch_size)
+    starts = range(0, len(images) - batch_size + 1, batch_size)
     with torch.no_grad():
         for rows, batch in inputs.read(images, (slice(start, start + batch_size) for start in starts)):
             extra = {} if labels is None else {"labels": labels[rows]}

@@ -8,44 +8,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightly.models import utils
 from lightly.models.modules import MaskedVisionTransformerTIMM
 from lightly.models.modules.masked_vision_transformer_decoder_timm import MaskedVisionTransformerDecoderTIMM
-from lightly.models.utils import get_at_index
 from numpy.random import Generator
 from torch import Tensor, nn
 
 from mia_utils.models import views
 from mia_utils.models.encoders import HALF
 from mia_utils.pretrain import inputs
+from mia_utils.pretrain.method import Method, draw_masks
 
 DEFAULTS = dict(lr=1.5e-3, weight_decay=0.05, batch_size=64, augmentation="none")
 
 
-def draw_masks(n: int, n_tokens: int, mask_ratio: float, rng: Generator) -> Tensor:
-    """Draw n masks (n, L) bool, True = hidden, that each hide the same number of patches."""
-    n_hidden = round(n_tokens * mask_ratio)
-    if not 0 < n_hidden < n_tokens:
-        raise ValueError(f"mask_ratio {mask_ratio} hides {n_hidden} of {n_tokens} patches: expected some, but not all")
-    order = rng.random((n, n_tokens)).argsort(axis=1)
-    masks = torch.zeros(n, n_tokens, dtype=torch.bool)
-    return masks.scatter_(1, torch.from_numpy(order[:, :n_hidden].copy()), True)
-
-
-class MaskedImageModel(nn.Module):
-    """What the masked-image models share: patches, loss on the hidden ones, reconstruction (``mae``, ``simmim``).
+class MaskedImageModel(Method):
+    """What MAE and SimMIM share: patches, loss on the hidden ones, and ``reconstruct``, which the attacks query.
 
     A method adds ``embed`` and ``predict_from``, and puts whatever is trained beside the encoder under ``decoder``.
 
     Args:
-        backbone: timm module.
-        input_size: image side in pixels.
         patch: side in pixels of what one mask entry hides.
         mask_ratio: share of hidden patches in training.
         norm_pix_loss: predict patches that are standardized by their own mean and sd.
         mean, std: normalization of the encoder's input (a frozen encoder keeps its own).
     """
 
-    pooling = "mean"
     penalize = staticmethod(torch.square)  # of the pixel differences in the training loss
 
     def __init__(
@@ -67,31 +55,17 @@ class MaskedImageModel(nn.Module):
         """Predict all patches (N, L, 3 p p) from what ``embed`` returned and masks (N, L)."""
         raise NotImplementedError
 
-    def patchify(self, images: Tensor) -> Tensor:
-        """Cut normalized images (N, 3, H, W) into patches (N, L, 3 p p)."""
-        n, _, height, width = images.shape
-        rows, columns = height // self.patch, width // self.patch
-        patches = images.reshape(n, 3, rows, self.patch, columns, self.patch)
-        return patches.permute(0, 2, 4, 3, 5, 1).reshape(n, rows * columns, -1)
-
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """Put patches (N, L, 3 p p) together to images (N, 3, H, W)."""
-        n, n_tokens, _ = patches.shape
-        side = round(n_tokens**0.5)
-        grid = patches.reshape(n, side, side, self.patch, self.patch, 3)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, 3, side * self.patch, side * self.patch)
+    def predict(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Predict all patches of normalized images (N, 3, H, W) from those that masks (N, L) leave visible."""
+        return self.predict_from(self.embed(images), masks)
 
     def _cut_targets(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what is to be predicted of images in [0, 1], (N, L, 3 p p), and its mean and sd per patch."""
-        patches = self.patchify((images - 0.5) / 0.5)
+        patches = utils.patchify((images - 0.5) / 0.5, self.patch)
         if not self.norm_pix_loss:
             return patches, patches.new_zeros(1), patches.new_ones(1)
         mean, sd = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         return (patches - mean) / sd, mean, sd
-
-    def predict(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Predict all patches of normalized images (N, 3, H, W) from those that masks (N, L) leave visible."""
-        return self.predict_from(self.embed(images), masks)
 
     def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """Mean error over the hidden patches of a batch (B, 3, H, W) uint8, pixels scaled to [-1, 1]."""
@@ -110,6 +84,10 @@ class MaskedImageModel(nn.Module):
         predicted = self.predict((x - self.mean) / self.std, masks).float()
         return self.penalize(predicted - self._cut_targets(x)[0]).mean(-1), masks
 
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Embed the patches of images (N, 3, H, W) in [0, 1], once for all masks of ``reconstruct_from``."""
+        return self.embed((images.to(self.mean.device) - self.mean) / self.std)
+
     @torch.inference_mode()
     def reconstruct(self, images: Tensor, masks: Tensor) -> Tensor:
         """Reconstruct images (N, 3, H, W) in [0, 1] from their visible patches; the same shape, not clipped.
@@ -123,16 +101,11 @@ class MaskedImageModel(nn.Module):
         images = images.to(self.mean.device)
         return self._to_images(self.predict_from(self.embed_patches(images), masks.to(images.device)), images)
 
-    def embed_patches(self, images: Tensor) -> Tensor:
-        """Embed the patches of images (N, 3, H, W) in [0, 1], once for all masks of ``reconstruct_from``."""
-        return self.embed((images.to(self.mean.device) - self.mean) / self.std)
-
     @torch.inference_mode()
     def reconstruct_from(self, tokens: Tensor, masks: Tensor, *, images: Tensor) -> Tensor:
         """Reconstruct every image from every mask (M, L), folded into the batch: (N, M, 3, H, W) as ``reconstruct``.
 
-        ``tokens`` are those of ``embed_patches(images)``; images (N, 3, H, W) in [0, 1] give brightness and contrast
-        of patches with ``norm_pix_loss``.
+        ``tokens`` are those of ``embed_patches(images)``.
         """
         n, m = len(tokens), len(masks)
         tokens = tokens.repeat_interleave(m, dim=0)  # (N M, L, D)
@@ -146,21 +119,16 @@ class MaskedImageModel(nn.Module):
         if self.norm_pix_loss:
             _, mean, sd = self._cut_targets(images)
             patches = patches * sd + mean
-        return self.unpatchify(patches) * 0.5 + 0.5
-
-    def after_step(self, progress: float) -> None:
-        """Nothing to update: there is no momentum encoder."""
+        return utils.unpatchify(patches, self.patch) * 0.5 + 0.5
 
 
 class MAE(MaskedImageModel):
-    """Masked autoencoder over a timm ViT; also the attacks' ``autoencoder`` (``reconstruct``).
+    """Masked autoencoder over a timm ViT.
 
     Args:
-        backbone: timm VisionTransformer.
-        input_size: image side in pixels.
-        mask_ratio: share of hidden patches (paper: 0.75).
+        mask_ratio: paper: 0.75.
         decoder_dim, decoder_depth, decoder_heads: the decoder (paper: 512, 8, 16; small images: 64, 1, 4).
-        norm_pix_loss, mean, std: as above (paper: its best ImageNet models standardize patches; small images: not).
+        norm_pix_loss: the paper's best ImageNet models standardize patches; for small images we do not.
     """
 
     def __init__(
@@ -193,7 +161,7 @@ class MAE(MaskedImageModel):
         keep = hidden_last[:, : self.n_tokens - int(masks[0].sum())] + prefix
         first = torch.arange(prefix, device=keep.device).expand(len(keep), prefix)
         keep = torch.cat([first, keep], dim=1)  # prefix tokens are always visible
-        visible = self.backbone.blocks(self.backbone.norm_pre(get_at_index(tokens, keep)))
+        visible = self.backbone.blocks(self.backbone.norm_pre(utils.get_at_index(tokens, keep)))
         visible = self.decoder["embed"](self.backbone.norm(visible))
         decoder = self.decoder["blocks"]
         full = decoder.mask_token.to(visible.dtype).expand(len(tokens), self.n_tokens + prefix, -1)

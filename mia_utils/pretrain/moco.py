@@ -1,9 +1,8 @@
 """MoCo: the query of one view finds the momentum encoder's key of another view of the same image.
 
-v3 contrasts within the batch (Chen, Xie, He 2021, arXiv 2104.02057, Algorithm 1); v1 (He et al. 2020, arXiv
-1911.05722) and v2 (Chen et al. 2020, arXiv 2003.04297: a hidden layer in the head) against a queue of earlier keys,
-on any backbone: the targets of the EncoderMI paper. Heads and momentum update from lightly. Losses and queue are ours:
-lightly has no loss for v3, and its queue is no part of a model's state, so a resumed training would start anew.
+v3 (Chen, Xie, He 2021, arXiv 2104.02057, Algorithm 1) contrasts within the batch; v1 (He et al. 2020, arXiv
+1911.05722) and v2 (Chen et al. 2020, arXiv 2003.04297) against a queue of earlier keys: EncoderMI's targets. Heads and
+momentum from lightly; it has no loss for v3, and its queue is no part of a state, so no training could be resumed.
 """
 
 from __future__ import annotations
@@ -19,18 +18,14 @@ from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, cross_entropy, normalize
 
-from mia_utils.models import views
-from mia_utils.models.encoders import from_module
 from mia_utils.pretrain import inputs
+from mia_utils.pretrain.method import Method, make_reader
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="simclr-weak")
 
 
 def compute_contrast(queries: Tensor, keys: Tensor, temperature: float, *, first: int = 0) -> Tensor:
-    """InfoNCE of queries (B, D) against keys (M, D), scaled by 2 tau (paper: Algorithm 1, ``ctr``).
-
-    The key of query i is the one at ``first + i``: with several processes the keys of all are there.
-    """
+    """InfoNCE of queries (B, D) against keys (M, D), query i's at ``first + i``, times 2 tau (Algorithm 1, ``ctr``)."""
     with torch.autocast(queries.device.type, enabled=False):  # bfloat16 does not tell similar similarities apart
         logits = normalize(queries, dim=1) @ normalize(keys, dim=1).T / temperature
     return 2 * temperature * cross_entropy(logits, first + torch.arange(len(queries), device=queries.device))
@@ -41,18 +36,14 @@ def _gather(keys: Tensor) -> Tensor:
     return torch.cat(dist.gather(keys)) if dist.world_size() > 1 else keys
 
 
-class MoCo(nn.Module):
-    """MoCo v3 over a timm ViT; the class token is the trained vector.
+class MoCo(Method):
+    """MoCo v3 over a timm ViT, its patch projection frozen as in the paper; the class token is the trained vector.
 
     Args:
-        backbone: timm VisionTransformer (its patch projection is frozen, as in the paper, for stability).
-        input_size: image side in pixels.
         temperature: paper: 0.2.
         momentum: start of the momentum that grows to 1 by a cosine (paper: 0.99).
         hidden_dim, output_dim: of projector and predictor (paper: 4096, 256).
     """
-
-    pooling = "cls"
 
     def __init__(
         self, backbone: nn.Module, *, input_size: int, temperature: float = 0.2, momentum: float = 0.99,
@@ -70,9 +61,7 @@ class MoCo(nn.Module):
 
     def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """Symmetrized contrast over two views of a batch (B, 3, H, W) uint8."""
-        settings = views.parse_augmentation(augmentation)
-        both = torch.cat([inputs.augment(images, size=size, rng=rng, **settings) for _ in range(2)])
-        both = (both - 0.5) / 0.5
+        both = inputs.draw_views(images, 2, augmentation=augmentation, size=size, rng=rng)
         q1, q2 = self.predictor(self.projector(self.backbone.forward_features(both)[:, 0])).float().chunk(2)
         with torch.no_grad():
             keys = self.projector_momentum(self.backbone_momentum.forward_features(both)[:, 0])
@@ -84,17 +73,14 @@ class MoCo(nn.Module):
         return one + compute_contrast(q2, k1, self.temperature, first=first)
 
     def after_step(self, progress: float) -> None:
-        """Move the momentum encoder; ``progress`` in [0, 1] is the share of the training done."""
+        """Move the momentum encoder."""
         m = cosine_schedule(round(progress * 10_000), 10_001, self.momentum, 1.0)
         update_momentum(self.backbone, self.backbone_momentum, m)
         update_momentum(self.projector, self.projector_momentum, m)
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm with statistics of each of ``n_splits`` parts of a batch, as on so many devices.
-
-    Source: demo of MoCo on CIFAR-10 by its authors (running statistics: mean over the parts).
-    """
+    """Batch norm of each of ``n_splits`` parts of a batch, as on so many devices (MoCo's authors' CIFAR-10 demo)."""
 
     n_splits = 1
 
@@ -123,24 +109,21 @@ def split_batch_norm(backbone: nn.Module, n_splits: int) -> None:
         module.__class__, module.n_splits = SplitBatchNorm, n_splits
 
 
-class MoCoV2(nn.Module):
+class MoCoV2(Method):
     """MoCo v2 with its queue, over any timm backbone; the mean over tokens is the trained vector.
 
-    Queries and keys pass batch norm apart, each with the statistics of its own batch. With ``bn_splits`` above 1 they
-    pass it as on so many devices, keys in shuffled order (v1, section 3.3: else the statistics tell key from negative).
+    With ``bn_splits`` above 1 keys pass batch norm in shuffled order (v1, section 3.3: else the statistics tell the
+    positive from the negatives).
 
     Args:
-        backbone: timm module.
-        input_size: image side in pixels.
         temperature: paper: 0.07 (v1), 0.2 (v2); EncoderMI's target: 0.1.
         momentum: of the key encoder, constant (EncoderMI's target: 0.99).
-        queue_size: keys of earlier batches (EncoderMI's target: 4,096 for 10,000 images). At most half the training
-            images, or an image often meets its own last key as a negative.
+        queue_size: keys of earlier batches (EncoderMI's target: 4,096 for 10,000 images); of more than half the
+            images' keys an image's own last one would often be among the negatives.
         output_dim: of the head (paper: 128).
         bn_splits: parts of a batch that batch norm sees apart (EncoderMI's target and the papers: 8, one per GPU).
     """
 
-    pooling = "mean"
     hidden_layers = 1
 
     def __init__(
@@ -153,12 +136,8 @@ class MoCoV2(nn.Module):
         if bn_splits != 1:
             split_batch_norm(backbone, bn_splits)
         self.backbone_momentum = copy.deepcopy(backbone).requires_grad_(False)
-        self._read, self._read_key = (
-            from_module(module, arch="resnet_32" if input_size <= 64 else "resnet")._forward
-            for module in (self.backbone, self.backbone_momentum)
-        )
-        with torch.no_grad():
-            dim = self._read(torch.zeros(1, 3, input_size, input_size))[1].shape[-1]
+        self._read, dim = make_reader(self.backbone, input_size)
+        self._read_key, _ = make_reader(self.backbone_momentum, input_size)
         layers = [m for _ in range(self.hidden_layers) for m in (nn.Linear(dim, dim), nn.ReLU())]
         self.projector = nn.Sequential(*layers, nn.Linear(dim, output_dim))
         self.projector_momentum = copy.deepcopy(self.projector).requires_grad_(False)
@@ -167,14 +146,13 @@ class MoCoV2(nn.Module):
 
     def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """InfoNCE of a batch (B, 3, H, W) uint8: its own key against the queue, which then takes the new keys."""
-        settings = views.parse_augmentation(augmentation)
-        one, two = (2 * inputs.augment(images, size=size, rng=rng, **settings) - 1 for _ in range(2))
-        query = normalize(self.projector(self._read(one)[1].mean(1)).float(), dim=1)
+        one, two = inputs.draw_views(images, 2, augmentation=augmentation, size=size, rng=rng).chunk(2)
+        query = normalize(self.projector(self._read(one)).float(), dim=1)
         if shuffled := self.bn_splits > 1 and self.training:
             order = torch.from_numpy(rng.permutation(len(two))).to(two.device)
             two = two[order]
         with torch.no_grad():
-            key = normalize(self.projector_momentum(self._read_key(two)[1].mean(1)).float(), dim=1)
+            key = normalize(self.projector_momentum(self._read_key(two)).float(), dim=1)
             key = key[order.argsort()] if shuffled else key
         with torch.autocast(query.device.type, enabled=False):  # bfloat16 does not tell similar similarities apart
             logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.clone().T], dim=1)

@@ -1,9 +1,8 @@
 """DP-SGD: steps of the training loop that no single image can move far, and the check that they are exact.
 
 Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1. Per-example gradients, clipping and noise are opacus';
-batches, noise and augmentation come from streams named by the step, so that a killed training continues with the same
-numbers. (The seed tells the noise: a deployment would draw it from a secret source. The losses in ``history`` are
-measured on the members without noise; they would not be released.)
+batches, noise and augmentation come from streams named by the step. (The seed tells the noise: a deployment would draw
+it from a secret source. The losses in ``history`` are measured without noise; they would not be released.)
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 def compute_conv_gradients(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
     """Per-example gradients of a convolution, (N, *weight.shape) and (N, *bias.shape).
 
-    Opacus' own is silently wrong for tensors in channels-last order (usual on a CPU), and for depthwise ones it
-    computes the gradients of all pairs of channels.
+    Opacus' own is silently wrong for tensors in channels-last order, and costs all pairs of channels if depthwise.
     """
     columns = nn.functional.unfold(
         activations[0], layer.kernel_size, dilation=layer.dilation, padding=layer.padding, stride=layer.stride
@@ -40,12 +38,8 @@ def compute_conv_gradients(layer: nn.Conv2d, activations: list[Tensor], backprop
     n, groups = len(backprops), layer.groups
     x = columns.reshape(n, groups, -1, columns.shape[-1])  # (N, G, C_in / G * k * k, places)
     g = backprops.reshape(n, groups, -1, columns.shape[-1])  # (N, G, C_out / G, places)
-    made = {}
-    if layer.weight.requires_grad:
-        made[layer.weight] = (g @ x.transpose(2, 3)).reshape(n, *layer.weight.shape)
-    if layer.bias is not None and layer.bias.requires_grad:
-        made[layer.bias] = backprops.flatten(2).sum(2)
-    return made
+    made = {layer.weight: (g @ x.transpose(2, 3)).reshape(n, *layer.weight.shape)}
+    return made if layer.bias is None else made | {layer.bias: backprops.flatten(2).sum(2)}
 
 
 class PerExampleGradients(GradSampleModule):
@@ -72,11 +66,9 @@ class PerExampleGradients(GradSampleModule):
         )
         compute = self.GRAD_SAMPLERS.get(self._get_module_type(module), ft_compute_per_sample_gradient)
         for p, gradients in compute(module, activations, backprops).items():
-            if not p.requires_grad:
-                continue
-            if p.grad_sample is not None:
+            if p.requires_grad and p.grad_sample is not None:
                 raise RuntimeError(f"a {type(module).__name__} runs twice in one forward")
-            p.grad_sample = gradients
+            p.grad_sample = gradients if p.requires_grad else None
         del module.max_batch_len
 
     def backward(self, loss: Tensor) -> None:
@@ -92,22 +84,10 @@ class PerExampleGradients(GradSampleModule):
                 vars(module).pop(name, None)
 
 
-def freeze_tokens(method: nn.Module) -> list[str]:
-    """Take class, mask and position tokens out of a private training; returns their names."""
-    frozen = [name for name, _ in method.named_parameters() if name.split(".")[-1] in TOKENS]
-    for name in frozen:
-        method.get_parameter(name).requires_grad_(False)
-    return frozen
-
-
-class _SameForAll:
-    """Stands for the generator of a step: all images of a batch get the same draws, alone and in any batch."""
-
-    def __init__(self, seed: int):
-        self._rng = seeds.rng(seed, "compare-gradients")
-
-    def random(self, size: Sequence[int], dtype: type = np.float64) -> np.ndarray:
-        return np.repeat(self._rng.random((1, *size[1:]), dtype), size[0], axis=0)
+def freeze_tokens(method: nn.Module) -> None:
+    """Take class, mask and position tokens out of a private training."""
+    for name, p in method.named_parameters():
+        p.requires_grad_(p.requires_grad and name.split(".")[-1] not in TOKENS)
 
 
 def compare_gradients(
@@ -125,42 +105,40 @@ def compare_gradients(
     """
     resting = [m for m in method.modules() if m.training and type(m).__name__.startswith("Drop")]
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    settings = dict(augmentation="none", size=method.input_size, progress=0.0)
 
     def compute(rows: slice) -> Tensor:
         extra = {} if labels is None else {"labels": labels[rows]}
-        settings = dict(augmentation="none", size=method.input_size, progress=0.0)
-        return method.losses(images[rows], rng=_SameForAll(seed), **settings, **extra).sum()
-
-    def compute_alone(row: int) -> dict[str, Tensor | None]:
-        made = torch.autograd.grad(compute(slice(row, row + 1)), list(trained.values()), allow_unused=True)
-        return dict(zip(trained, made, strict=True))
+        rng = seeds.RowGenerator(seeds.rng(seed, "compare-gradients"), len(images), rows)
+        return method.losses(images[rows], rng=rng, **settings, **extra).sum()
 
     for module in resting:
         module.eval()
     try:
-        alone = [compute_alone(row) for row in range(len(images))]
+        losses = [compute(slice(row, row + 1)) for row in range(len(images))]
+        alone = [torch.autograd.grad(loss, list(trained.values()), allow_unused=True) for loss in losses]
         hooked = PerExampleGradients(method, loss_reduction="sum")
         hooked.backward(compute(slice(None)))
-        together = {name: p.grad_sample for name, p in trained.items()}
+        together = [p.grad_sample for p in trained.values()]
         hooked.close()
-    except (RuntimeError, AttributeError, ValueError) as error:
-        buffers = isinstance(error, NotImplementedError)  # opacus' validator, a page long
-        reason = "a trained layer holds buffers" if buffers else str(error).splitlines()[0][:160]
+    except (RuntimeError, AttributeError, ValueError) as error:  # opacus' validator writes a page
+        reason = str(error).splitlines()[0][:160]
         raise ValueError(f"this network gives no per-example gradients, so it can't be private ({reason})") from None
     finally:
         for module in resting:
             module.train()
         for p in trained.values():
             p.grad = None
-    least = [1e-3 * math.sqrt(sum(float(g.square().sum()) for g in one.values() if g is not None)) for one in alone]
-    return {name: _compare([one[name] for one in alone], together[name], least) for name in trained}
+    least = [1e-3 * math.sqrt(sum(float(g.square().sum()) for g in one if g is not None)) for one in alone]
+    alone = zip(*alone, strict=True)
+    return {name: _compare(one, made, least) for name, one, made in zip(trained, alone, together, strict=True)}
 
 
-def _compare(alone: list[Tensor | None], together: Tensor | list | None, least: list[float]) -> float:
+def _compare(alone: Sequence[Tensor | None], together: Tensor | None, least: list[float]) -> float:
     """Largest relative difference of one parameter's gradients; what is no (B, ...) tensor is wrong altogether."""
     if together is None and all(one is None for one in alone):
         return math.nan
-    if not isinstance(together, Tensor) or len(together) != len(alone):
+    if together is None or len(together) != len(alone):
         return math.inf
     expected = torch.stack([torch.zeros_like(together[0]) if one is None else one for one in alone])
     scale = expected.flatten(1).norm(dim=1).clamp_min(1e-30).maximum(torch.tensor(least, device=expected.device))
@@ -170,8 +148,7 @@ def _compare(alone: list[Tensor | None], together: Tensor | list | None, least: 
 def require_private(method: nn.Module, images: Tensor, labels: Tensor | None = None) -> list[str]:
     """Refuse a network whose images are not told apart exactly; returns parameters that no image ever moves.
 
-    Arguments as in :func:`compare_gradients`; two or three images suffice. Batch norm, no per-example gradients, or
-    wrong ones raise ValueError.
+    Arguments as in :func:`compare_gradients`; two or three images suffice.
     """
     if norms := [name for name, m in method.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]:
         raise ValueError(
@@ -194,7 +171,6 @@ class PrivateSteps:
     Args:
         method: network with ``losses(images, ...) -> (B,)``, one loss per image; in training mode. One that can't be
             private raises ValueError.
-        optimizer: over its parameters.
         plan: of ``accounting.plan_privacy``.
         images: (N, 3, H, W) uint8, the members; ``labels`` (N, H, W) for segmenters.
         seed: of batches, noise, masks and augmentation.
@@ -209,10 +185,10 @@ class PrivateSteps:
         for module in method.modules():  # an activation that overwrites its input breaks opacus' hooks
             if getattr(module, "inplace", False):
                 module.inplace = False
-        some = slice(0, 2)
-        for name in require_private(method, images[some], None if labels is None else labels[some]):
+        for name in require_private(method, images[:2], None if labels is None else labels[:2]):
             method.get_parameter(name).requires_grad_(False)  # never used, for example stages behind encoder_depth
         self._hooked = PerExampleGradients(method, loss_reduction="sum")
+        self.close = self._hooked.close
         noise = {key: plan[key] for key in ("noise_multiplier", "max_grad_norm")}
         noise |= dict(expected_batch_size=self.sample_rate * len(images), generator=torch.Generator(images.device))
         self.optimizer = DPOptimizer(optimizer, **noise)
@@ -224,12 +200,8 @@ class PrivateSteps:
         chance = seeds.rng(self.seed, "private-batch", step).random(len(self.images))
         return np.flatnonzero(chance < self.sample_rate)
 
-    def take(self, step: int, **settings) -> Tensor:
-        """Take step number ``step`` on its Poisson batch; returns the mean loss of the batch."""
-        return self.take_on(self.draw_batch(step), step, **settings)
-
     def take_on(self, batch: np.ndarray, step: int, **settings) -> Tensor:
-        """Take a step on the images ``batch``: the clipped gradients are summed, noised, and divided by q N."""
+        """Step on the images ``batch`` by clipped gradients, summed, noised, divided by q N; returns the mean loss."""
         rng = seeds.rng(self.seed, "train-views", step, 0)
         self.optimizer.generator.manual_seed(seeds.derive(self.seed, "private-noise", step))
         parts = np.array_split(batch, max(1, -(-len(batch) // self.chunk)))
@@ -247,7 +219,3 @@ class PrivateSteps:
             self.optimizer.signal_skip_step(do_skip=index + 1 < len(parts))
             self.optimizer.step()
         return total / max(len(batch), 1)
-
-    def close(self) -> None:
-        """Take the hooks out of the network."""
-        self._hooked.close()

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from mia_utils import seeds
-from mia_utils.models.encoders import Encoder, from_module, make_backbone
+from mia_utils.models import segmenters
+from mia_utils.models.encoders import from_module, make_backbone
 from mia_utils.pretrain import dino, mae, moco, segmentation, simclr, simmim, supervised
 
 METHODS: dict[str, tuple[type, dict]] = {
@@ -18,7 +19,7 @@ METHODS: dict[str, tuple[type, dict]] = {
     "moco-v2": (moco.MoCoV2, moco.DEFAULTS),
     "simclr": (simclr.SimCLR, simclr.DEFAULTS),
     "supervised": (supervised.Supervised, supervised.DEFAULTS),
-    **segmentation.METHODS,
+    **dict.fromkeys(segmenters.ARCHS, (segmentation.Segmentation, segmentation.DEFAULTS)),
 }
 
 
@@ -30,14 +31,14 @@ def get(name: str) -> tuple[type, dict]:
 
 
 def register(name: str, method: type, *, lr: float, weight_decay: float, batch_size: int, augmentation: str) -> None:
-    """Add a training method with its defaults.
+    """Add a training method with its defaults; see ``pretrain/simclr.py`` for the shortest one.
 
     Args:
         name: how profiles call it.
-        method: ``nn.Module`` with ``pooling``, ``backbone``, ``loss(images, *, augmentation, size, rng, progress)``
-            and ``after_step(progress)``; see ``pretrain/simclr.py`` for the shortest one. ``loss`` is a mean over the
-            images and draws from ``rng`` one row of numbers for each; for several processes it must reach the same
-            weights in every step, and for half precision augment with ``pretrain.inputs.augment``.
+        method: ``nn.Module`` with ``backbone``, ``loss(images, *, augmentation, size, rng, progress)`` and
+            ``after_step(progress)``. ``loss`` is a mean over the images and draws from ``rng`` one row of numbers for
+            each; for several processes it must reach the same weights in every step, and for half precision augment
+            with ``pretrain.inputs.augment``.
     """
     METHODS[name] = (method, dict(lr=lr, weight_decay=weight_decay, batch_size=batch_size, augmentation=augmentation))
 
@@ -46,9 +47,7 @@ def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None,
     """Build a method with fresh weights; the global random state is left as it was.
 
     Args:
-        name: a key of ``METHODS``.
         arch: backbone (``encoders.ARCHS`` or a timm name).
-        seed: of the initial weights.
         input_size: training resolution in pixels; None: the backbone's own.
         options: keyword arguments of the method; ``dropout`` and ``drop_path`` go to the backbone.
     """
@@ -56,7 +55,7 @@ def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if hasattr(cls, "build"):  # a network that is no head on a backbone builds itself
-            return cls.build(arch, seed=seed, input_size=input_size, **options)
+            return cls.build(name, arch, seed=seed, input_size=input_size, **options)
         dropped = {key: options.pop(key, None) for key in ("dropout", "drop_path")}
         backbone = make_backbone(arch, seed=seed, **dropped)
         size = input_size or from_module(backbone, arch=arch, method=name).input_size
@@ -67,12 +66,6 @@ def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None,
             raise ValueError(f"{name} does not take these options: {error}") from None
     method.input_size = size
     return method
-
-
-def make_untrained(name: str, arch: str, *, seed: int = 0, **options) -> Encoder:
-    """Make the untrained model (control): the encoder exactly as this method would begin to train it."""
-    module = build(name, arch, seed=seed, **options).backbone
-    return from_module(module, arch=arch, method=name, name=f"untrained-{name}")
 
 
 def derive_seed(seed: int, role: str) -> int:

@@ -8,27 +8,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mia_utils import seeds
 from mia_utils.models import segmenters, views
 from mia_utils.models.segmenters import VOID, Segmenter
+from mia_utils.pretrain.method import Method
 
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, batch_size=8, augmentation="none")
+TRAINING_OPTIONS = ("dropout", "label_smoothing", "mixup", "distill", "minmax")  # not of the network that is kept
 
 
 def augment_pair(
-    images: Tensor, masks: Tensor, *, size: Sequence[int] | None = None, rng: np.random.Generator,
+    images: Tensor, masks: Tensor, *, size: Sequence[int] | None = None, rng: Generator,
     scale: Sequence[float] | None = None, flip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Augment images and their label maps together, in batch on their device.
+    """Augment images (B, 3, H, W) uint8 and their label maps (B, H, W) together, in batch on their device.
 
     Args:
-        images: (B, 3, H, W) uint8.
-        masks: (B, H, W) integer labels.
         size: (height, width) of the output; None: H and W.
-        rng: numpy generator of this step.
         scale: area range of a random crop of the image's own shape, scaled to ``size``; None: no crop.
         flip: probability of mirroring.
 
@@ -36,16 +36,15 @@ def augment_pair(
         (B, 3, h, w) float32 in [0, 1] (bilinear) and (B, h, w) int64 (nearest: no label is ever mixed).
     """
     if images.ndim != 4 or masks.shape != (len(images), *images.shape[2:]):
-        raise ValueError(
-            f"expected images (B, 3, H, W) and masks (B, H, W), got {tuple(images.shape)} and {tuple(masks.shape)}"
-        )
+        shapes = f"{tuple(images.shape)} and {tuple(masks.shape)}"
+        raise ValueError(f"expected images (B, 3, H, W) and masks (B, H, W), got {shapes}")
     height, width = images.shape[2:] if size is None else (int(side) for side in size)
     u = torch.from_numpy(rng.random((len(images), 4), dtype=np.float32)).to(images.device)
     x, y = images.float().div_(255), masks.unsqueeze(1).float()  # labels up to 255 are exact
     mirrored = u[:, 0] < flip
     if scale is not None:
         side = (scale[0] + (scale[1] - scale[0]) * u[:, 1]).sqrt()  # of the crop, as a share of H and of W
-        shift = (1 - side[:, None]) * (2 * u[:, 2:] - 1)  # its center in [-1, 1] coordinates: inside the picture
+        shift = (1 - side[:, None]) * (2 * u[:, 2:] - 1)  # its center in [-1, 1] coordinates: inside the image
         theta = torch.zeros(len(x), 2, 3, device=x.device)
         theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -side, side), side
         theta[:, :, 2] = shift
@@ -56,12 +55,8 @@ def augment_pair(
         if (height, width) != tuple(images.shape[2:]):
             x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
             y = F.interpolate(y, size=(height, width), mode="nearest-exact")
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-        y = torch.where(mirrored[:, None, None, None], y.flip(3), y)
+        x, y = (torch.where(mirrored[:, None, None, None], z.flip(3), z) for z in (x, y))
     return x, y[:, 0].round().long()
-
-
-TRAINING_OPTIONS = ("dropout", "label_smoothing", "mixup", "distill", "minmax")  # not of the network that is kept
 
 
 def _drop_features(decoder: nn.Module, inputs: tuple[Sequence[Tensor], ...]) -> tuple[list[Tensor], ...]:
@@ -70,49 +65,33 @@ def _drop_features(decoder: nn.Module, inputs: tuple[Sequence[Tensor], ...]) -> 
     return ([image, *(decoder.feature_dropout(x) for x in features)], *inputs[1:])
 
 
-class _Reversal(torch.autograd.Function):
-    """Hands values on as they are, and gradients with the other sign, times ``weight``."""
-
-    @staticmethod
-    def forward(context, x: Tensor, weight: float) -> Tensor:
-        context.weight = weight
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
-        return -context.weight * gradient, None
-
-
 def _make_adversary(n_classes: int) -> nn.Module:
     """Membership classifier over posteriors beside one-hot labels, (B, 2C, H, W) -> (B, 1) logits."""
-    layers, width = [], 2 * n_classes
-    for next_width in (16, 32, 32):
+    widths, layers = (2 * n_classes, 16, 32, 32), []
+    for width, next_width in zip(widths, widths[1:], strict=False):
         layers += [nn.Conv2d(width, next_width, 3, stride=2, padding=1), nn.ReLU()]
-        width = next_width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 1))
 
 
-class Segmentation(nn.Module):
+class Segmentation(Method):
     """Supervised segmentation as a method of the training loop: cross-entropy over valid pixels.
 
     Args:
         backbone: network of ``segmenters.make_network``, (B, 3, H, W) -> (B, C, H, W) logits.
         input_size: (height, width) it is trained at; None: the images' own.
-        n_classes: C.
         dropout: share of channels dropped, in training, of every feature map that the encoder hands to the decoder.
         label_smoothing: share of the label that is spread over all classes.
         mixup: alpha of the Beta(alpha, alpha) that every image and its labels are mixed with another one's by
-            (Zhang et al. 2018, arXiv 1710.09412); 0: not mixed.
+            (Zhang et al. 2018, arXiv 1710.09412).
         distill: temperature of a distillation: the backbone never sees a label, only the softened posteriors of
-            ``teacher``, which is trained beside it on the labels (Hinton et al. 2015, arXiv 1503.02531); 0: none.
-        teacher: network of the same kind, for ``distill``; not part of the segmenter that is kept.
+            ``teacher``, which is trained beside it on the labels (Hinton et al. 2015, arXiv 1503.02531).
+        teacher: network of the same kind; not part of the segmenter that is kept.
         minmax: weight of a membership attacker in the loss, which is trained beside the segmenter to tell its outputs
             on training images from those on ``reference`` images (min-max game: Nasr, Shokri, Houmansadr 2018,
-            arXiv 1807.05852; here with a reversed gradient); 0: none.
+            arXiv 1807.05852; here with a reversed gradient).
     """
 
-    needs_labels = True  # label maps (N, H, W), void 255, passed as ``labels``
-    network = "unet"
+    needs_labels = True  # label maps (N, H, W), void 255
 
     def __init__(
         self, backbone: nn.Module, *, input_size: Sequence[int] | None = None, n_classes: int, dropout: float = 0.0,
@@ -122,14 +101,11 @@ class Segmentation(nn.Module):
         super().__init__()
         self.backbone, self.n_classes = backbone, n_classes
         self.input_size = None if input_size is None else tuple(map(int, input_size))
-        self.arch, self.options = segmenters.ENCODER, {}
         for name, value in (("dropout", dropout), ("label_smoothing", label_smoothing)):
             if not 0 <= value < 1:
                 raise ValueError(f"expected {name} from 0 to below 1, got {value!r}")
-        if mixup < 0 or distill < 0 or (mixup and distill):
-            raise ValueError(f"expected mixup or distill above 0, one of the two, got {mixup!r} and {distill!r}")
-        if minmax < 0 or (minmax and (mixup or distill)):
-            raise ValueError(f"expected minmax above 0 and neither mixup nor distill beside it, got {minmax!r}")
+        if min(mixup, distill, minmax) < 0 or bool(mixup) + bool(distill) + bool(minmax) > 1:
+            raise ValueError(f"expected one of mixup, distill, minmax above 0, got {mixup!r}, {distill!r}, {minmax!r}")
         self.label_smoothing, self.mixup, self.distill, self.minmax = label_smoothing, mixup, distill, minmax
         self.adversary = _make_adversary(n_classes) if minmax else None
         self.reference: tuple[Tensor, Tensor] | None = None
@@ -140,46 +116,32 @@ class Segmentation(nn.Module):
 
     @classmethod
     def build(
-        cls, arch: str, *, n_classes: int, seed: int = 0, input_size: Sequence[int] | None = None, **options: Any
-    ) -> Segmentation:
-        """Build the method with fresh weights; ``arch`` is the encoder, ``options`` are those of the training
-        (``TRAINING_OPTIONS``) and of ``segmenters.make_network``."""
+        cls, network: str, arch: str, *, n_classes: int, seed: int = 0, input_size: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Segmentation:  # fmt: skip
+        """Build a network of ``segmenters.ARCHS`` on the encoder ``arch``; ``options`` also of ``make_network``."""
         training = {key: options.pop(key) for key in TRAINING_OPTIONS if key in options}
-        make_one = functools.partial(segmenters.make_network, cls.network, n_classes, encoder=arch, **options)
+        make_one = functools.partial(segmenters.make_network, network, n_classes, encoder=arch, **options)
         if training.get("distill"):
             training["teacher"] = make_one(seed=seeds.derive(seed, "teacher") % 2**31)
         method = cls(make_one(seed=seed), input_size=input_size, n_classes=n_classes, **training)
-        method.arch, method.options = arch, options
+        method.facts = dict(method=network, arch=arch, n_classes=n_classes, size=method.input_size, options=options)
         return method
-
-    @classmethod
-    def restore(cls, state: dict[str, Tensor], *, arch: str, name: str, n_classes: int, **options: Any) -> Segmenter:
-        """Open the segmenter that a checkpoint of the loop holds (``backbone.*``)."""
-        options = {key: value for key, value in options.items() if key not in TRAINING_OPTIONS}
-        method = cls.build(arch, n_classes=n_classes, **options)
-        method.load_state_dict(state)
-        return method.as_segmenter(name)
 
     def as_segmenter(self, name: str | None = None) -> Segmenter:
         """Return the network as the attacks see it (the same weights, now in eval mode)."""
-        return segmenters.from_module(
-            self.backbone, method=self.network, arch=self.arch, n_classes=self.n_classes, name=name,
-            size=self.input_size, options=self.options,
-        )  # fmt: skip
+        return segmenters.from_module(self.backbone, name=name, **self.facts)
 
-    def loss(
-        self, images: Tensor, *, labels: Tensor, augmentation: str, size: Sequence[int] | None,
-        rng: np.random.Generator, progress: float,
-    ) -> Tensor:  # fmt: skip
+    def loss(self, images: Tensor, *, labels: Tensor, progress: float, **view: Any) -> Tensor:
         """Mean cross-entropy over the valid pixels of a batch (B, 3, H, W) uint8 with labels (B, H, W).
 
-        Void is ignored; a batch of nothing else has loss 0 and no gradient.
+        A batch of void alone has loss 0 and no gradient. ``view``: ``augmentation``, ``size`` (h, w) or None, ``rng``.
         """
-        x, y = self._augment(images, labels, augmentation=augmentation, size=size, rng=rng)
+        x, y = self._augment(images, labels, **view)
         if self.training and self.mixup:
-            return self._mix(x, y, rng)
+            return self._mix(x, y, view["rng"])
         if self.training and self.minmax:
-            return self._play(x, y, augmentation=augmentation, size=size, rng=rng)
+            return self._play(x, y, **view)
         logits, n_valid = self._predict(self.backbone, x), (y != VOID).sum().clamp_min(1)
         if self.training and self.teacher is not None:
             taught = self._predict(self.teacher, x)
@@ -187,36 +149,30 @@ class Segmentation(nn.Module):
             soft, output = ((z / self.distill).log_softmax(1) for z in (taught.detach(), logits))
             gap = F.kl_div(output, soft, log_target=True, reduction="none").sum(1)  # (B, H, W)
             return loss + self.distill**2 * (gap * (y != VOID)).sum() / n_valid
+        return self._compare(logits, y, reduction="sum") / n_valid
+
+    def losses(self, images: Tensor, *, labels: Tensor, progress: float, **view: Any) -> Tensor:
+        """Mean cross-entropy over the valid pixels of each image (B,), whose weight then depends on no other image."""
+        x, y = self._augment(images, labels, **view)
+        return self._compare(self._predict(self.backbone, x), y).sum((1, 2)) / (y != VOID).sum((1, 2)).clamp_min(1)
+
+    def _compare(self, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
+        """Cross-entropy of every pixel (B, H, W), 0 where it is void, or its sum."""
         smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits, y, ignore_index=VOID, reduction="sum", label_smoothing=smoothing) / n_valid
+        return F.cross_entropy(logits, y, ignore_index=VOID, reduction=reduction, label_smoothing=smoothing)
 
-    def losses(
-        self, images: Tensor, *, labels: Tensor, augmentation: str, size: Sequence[int] | None,
-        rng: np.random.Generator, progress: float,
-    ) -> Tensor:  # fmt: skip
-        """Mean cross-entropy over the valid pixels of each image (B,): no image counts more for having more of them.
-
-        Private training needs it: with the mean over the pixels of a batch, an image's weight depends on the others.
-        """
-        x, y = self._augment(images, labels, augmentation=augmentation, size=size, rng=rng)
-        return self._compare(self._predict(self.backbone, x), y) / (y != VOID).sum((1, 2)).clamp_min(1)
-
-    def _compare(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy summed over the valid pixels of each image, (B,)."""
-        smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits, y, ignore_index=VOID, reduction="none", label_smoothing=smoothing).sum((1, 2))
-
-    def _mix(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> Tensor:
+    def _mix(self, x: Tensor, y: Tensor, rng: Generator) -> Tensor:
         """Loss of images (B, 3, H, W) mixed with others of the batch, each with a share of its own."""
         share = torch.from_numpy(rng.beta(self.mixup, self.mixup, len(x)).astype(np.float32)).to(x.device)
         other = torch.from_numpy(rng.permutation(len(x))).to(x.device)
         part = share.view(-1, 1, 1, 1)
         logits = self._predict(self.backbone, part * x + (1 - part) * x[other])
-        total = share * self._compare(logits, y) + (1 - share) * self._compare(logits, y[other])
+        own, others = (self._compare(logits, labels).sum((1, 2)) for labels in (y, y[other]))
         valid = (y != VOID).sum((1, 2))
-        return total.sum() / (share * valid + (1 - share) * valid[other]).sum().clamp_min(1)
+        n_valid = (share * valid + (1 - share) * valid[other]).sum().clamp_min(1)
+        return (share * own + (1 - share) * others).sum() / n_valid
 
-    def _play(self, x: Tensor, y: Tensor, **augmentation: Any) -> Tensor:
+    def _play(self, x: Tensor, y: Tensor, **view: Any) -> Tensor:
         """Loss of members (B, 3, H, W) and of the attacker that tells them from as many reference images.
 
         Both pass the network in one batch, so that batch norm treats them alike. The attacker's gradient is reversed
@@ -225,11 +181,13 @@ class Segmentation(nn.Module):
         if self.reference is None:
             raise ValueError("minmax needs images that are not trained on: pass reference= and reference_labels=")
         images, labels = self.reference
-        drawn = augmentation["rng"].choice(len(images), len(x), replace=len(images) < len(x))
-        x_reference, y_reference = self._augment(images[drawn], labels[drawn], **augmentation)
+        drawn = view["rng"].choice(len(images), len(x), replace=len(images) < len(x))
+        x_reference, y_reference = self._augment(images[drawn], labels[drawn], **view)
         logits, logits_reference = self._predict(self.backbone, torch.cat([x, x_reference])).chunk(2)
-        loss = self._compare(logits, y).sum() / (y != VOID).sum().clamp_min(1)
-        outputs = torch.cat([_Reversal.apply(logits.softmax(1), self.minmax), logits_reference.softmax(1).detach()])
+        loss = self._compare(logits, y).sum((1, 2)).sum() / (y != VOID).sum().clamp_min(1)
+        posteriors = logits.softmax(1)
+        reversed_ = posteriors.detach() - self.minmax * (posteriors - posteriors.detach())  # the same numbers
+        outputs = torch.cat([reversed_, logits_reference.softmax(1).detach()])
         labels_seen = F.one_hot(torch.cat([y, y_reference]).clamp_max(self.n_classes), self.n_classes + 1)
         labels_seen = labels_seen[..., :-1].permute(0, 3, 1, 2).to(outputs)  # void is no class
         is_member = torch.cat([torch.ones(len(x), 1), torch.zeros(len(x), 1)]).to(outputs)
@@ -237,54 +195,20 @@ class Segmentation(nn.Module):
         return loss + F.binary_cross_entropy_with_logits(guess, is_member)
 
     def _augment(
-        self, images: Tensor, labels: Tensor, *, augmentation: str, size: Sequence[int] | None, rng: np.random.Generator
+        self, images: Tensor, labels: Tensor, *, augmentation: str, size: Sequence[int] | None, rng: Generator
     ) -> tuple[Tensor, Tensor]:
         """Augment a batch and check its labels: (B, 3, h, w) in [0, 1] and (B, h, w) int64."""
         settings = views.parse_augmentation(augmentation)
         if set(settings) - {"scale", "flip"}:
-            raise ValueError(
-                f"augmentation {augmentation!r} changes colors, segmenters take none, flip, crop, crop-weak, "
-                "crop:LOW-HIGH"
-            )
+            allowed = "none, flip, crop, crop-weak, crop:LOW-HIGH"
+            raise ValueError(f"augmentation {augmentation!r} changes colors, segmenters take {allowed}")
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 grids would move pixels and labels
             x, y = augment_pair(images, labels, size=size, rng=rng, **settings)
-        valid = y != VOID
-        if bool((valid & (y >= self.n_classes)).any()):
-            wrong = int(y[valid].max())
-            raise ValueError(f"labels hold the id {wrong}, expected 0 to {self.n_classes - 1}, or {VOID} for void")
+        if (wrong := y[(y != VOID) & (y >= self.n_classes)]).numel():
+            raise ValueError(f"labels hold the id {wrong.max()}, expected 0 to {self.n_classes - 1}, or {VOID} (void)")
         return x, y
 
     def _predict(self, network: nn.Module, x: Tensor) -> Tensor:
         """Logits (B, C, H, W) of images (B, 3, H, W) in [0, 1]."""
         height, width = x.shape[2:]
         return network(segmenters.pad((x - 0.5) / 0.5, segmenters.MULTIPLE))[:, :, :height, :width].float()
-
-    def after_step(self, progress: float) -> None:
-        """Nothing to update."""
-
-
-class UNet(Segmentation):
-    """U-Net (Ronneberger et al. 2015)."""
-
-
-class UPerNet(Segmentation):
-    """UPerNet (Xiao et al. 2018), the target of the paper's demo."""
-
-    network = "upernet"
-
-
-class PSPNet(Segmentation):
-    """PSPNet (Zhao et al. 2017)."""
-
-    network = "pspnet"
-
-
-class DeepLabV3Plus(Segmentation):
-    """DeepLabV3+ (Chen et al. 2018)."""
-
-    network = "deeplabv3plus"
-
-
-METHODS: dict[str, tuple[type[Segmentation], dict]] = {
-    cls.network: (cls, DEFAULTS) for cls in (UNet, UPerNet, PSPNet, DeepLabV3Plus)
-}

@@ -11,24 +11,19 @@ from lightly.models.modules.heads import SimCLRProjectionHead
 from numpy.random import Generator
 from torch import Tensor, nn
 
-from mia_utils.models import views
-from mia_utils.models.encoders import from_module
 from mia_utils.pretrain import inputs
+from mia_utils.pretrain.method import Method, make_reader
 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="simclr-weak")
 
 
-class SimCLR(nn.Module):
+class SimCLR(Method):
     """SimCLR over any timm backbone; the mean over tokens is the trained vector.
 
     Args:
-        backbone: timm module.
-        input_size: image side in pixels.
         temperature: of the NT-Xent loss (paper: 0.5 on CIFAR; 0.2 leaks more at this size, METHODS section 5).
         hidden_dim, output_dim: of the projection head (paper: 2048, 128).
     """
-
-    pooling = "mean"
 
     def __init__(
         self, backbone: nn.Module, *, input_size: int, temperature: float = 0.2, hidden_dim: int = 256,
@@ -36,19 +31,13 @@ class SimCLR(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.backbone = backbone
-        encoder = from_module(backbone, arch="resnet_32" if input_size <= 64 else "resnet", method="simclr")
-        self._read = encoder._forward
-        self.head = SimCLRProjectionHead(encoder.dim, hidden_dim, output_dim)
+        self._read, dim = make_reader(backbone, input_size)
+        self.head = SimCLRProjectionHead(dim, hidden_dim, output_dim)
         self.criterion = NTXentLoss(temperature=temperature)
 
     def loss(self, images: Tensor, *, augmentation: str, size: int, rng: Generator, progress: float) -> Tensor:
         """NT-Xent over two views of a batch (B, 3, H, W) uint8, against the images of all processes."""
-        settings = views.parse_augmentation(augmentation)
-        both = torch.cat([inputs.augment(images, size=size, rng=rng, **settings) for _ in range(2)])
-        z = self.head(self._read((both - 0.5) / 0.5)[1].mean(1)).float()
+        z = self.head(self._read(inputs.draw_views(images, 2, augmentation=augmentation, size=size, rng=rng))).float()
         self.criterion.gather_distributed = self.training  # the batch of all processes; a measured one is whole already
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 does not tell similar similarities apart
             return self.criterion(*z.chunk(2))
-
-    def after_step(self, progress: float) -> None:
-        """Nothing to update: SimCLR has no momentum encoder."""

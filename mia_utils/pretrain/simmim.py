@@ -19,16 +19,10 @@ DEFAULTS = dict(lr=1.5e-3, weight_decay=0.05, batch_size=64, augmentation="none"
 
 
 class SimMIM(MaskedImageModel):
-    """SimMIM over a timm ViT or Swin; also the attacks' ``autoencoder`` (``reconstruct``).
+    """SimMIM over a timm ViT or Swin (paper: 0.6 of units of 32 of 192 px are hidden).
 
     One mask entry hides one token of the encoder's output: a patch of a ViT, and in a Swin all patches that are merged
     into one place of its last stage (``swin_thin_32``: 4 x 4 patches of 2 px, so 16 units of 8 px).
-
-    Args:
-        backbone: timm VisionTransformer or SwinTransformer.
-        input_size: image side in pixels.
-        mask_ratio: share of hidden units (paper: 0.6 with units of 32 of 192 px).
-        mean, std: normalization of the encoder's input.
     """
 
     penalize = staticmethod(torch.abs)  # L1
