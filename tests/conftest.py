@@ -58,13 +58,13 @@ def start_smoke() -> tuple[Path, subprocess.Popen, Path]:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the run as soon as it is known that a test waits for it."""
-    if not session.config.option.collectonly and any("smoke" in getattr(i, "fixturenames", ()) for i in session.items):
+    if not session.config.option.collectonly and any("smoke_run" in getattr(i, "fixturenames", ()) for i in session.items):
         session.config.stash[_SMOKE] = start_smoke()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What waits for the run comes last."""
-    items.sort(key=lambda item: "smoke" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: "smoke_run" in getattr(item, "fixturenames", ()))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
