@@ -90,8 +90,8 @@ def test_an_image_keeps_its_energies_among_other_images_and_a_seed_keeps_its_ref
 @pytest.mark.parametrize(
     ("parts", "tokens", "options", "message"),
     [
-        ((3, 4), (3, 5, 4), {}, "parts: expected .N, K, D., got .3, 4."),
-        ((3, 2, 4), (5, 4), {}, "tokens: expected .N, L, D., got .5, 4."),
+        ((3, 4), (3, 5, 4), {}, "parts .N, K, D. and tokens .N, L, D. .* got .3, 4. and .3, 5, 4."),
+        ((3, 2, 4), (5, 4), {}, "got .3, 2, 4. and .5, 4."),
         ((3, 2, 4), (2, 5, 4), {}, "same N and D"),
         ((3, 2, 4), (3, 5, 6), {}, "same N and D"),
         ((3, 2, 4), (3, 1, 4), {}, "at least 2 tokens"),

@@ -10,7 +10,6 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from mia_utils.attacks import patches
 from mia_utils.attacks import segmentation as seg
 from mia_utils.models import segmenters
 
@@ -88,7 +87,8 @@ def test_loss_maps_equal_a_double_loop(data):
 
 
 def test_the_concatenation_equals_a_double_loop_and_ignored_pixels_are_no_class(data):
-    got = seg.make_concatenation(data["posteriors"], torch.from_numpy(data["labels"]))
+    labels = torch.from_numpy(data["labels"]).unsqueeze(1)
+    got = seg.unfold_labels(torch.cat([data["posteriors"], labels], dim=1))
     assert got.shape == (N, 2 * C, H, W) and torch.equal(got[:, :C], data["posteriors"])
     for n in range(N):
         for h in range(H):
@@ -116,23 +116,21 @@ def test_class_losses_are_means_per_class_and_nan_where_a_class_is_absent(data):
     [
         ((4, 24, 30), (24, 30), "expected posteriors .N, C, H, W. and labels .N, H, W."),
         ((2, 4, 24, 30), (2, 24, 29), "same N, H and W"),
-        ((2, 4, 24, 30), (3, 24, 30), "one label map per image, got 3 for 2"),
+        ((2, 4, 24, 30), (3, 24, 30), "same N, H and W, got .2, 4, 24, 30. and .3, 24, 30."),
     ],
 )
 def test_shapes_that_do_not_fit_are_one_line(posteriors, labels, message):
-    for make in (seg.make_loss_map, seg.make_concatenation):
-        with pytest.raises(ValueError, match=message) as error:
-            make(torch.zeros(posteriors), torch.zeros(labels, dtype=torch.long))
-        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message) as error:
+        seg.make_loss_map(torch.zeros(posteriors), torch.zeros(labels, dtype=torch.long))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("wrong", [4, 11, -1])
 def test_labels_outside_the_classes_are_named(data, wrong):
     labels = torch.from_numpy(data["labels"]).long()
     labels[3, 2, 1] = wrong
-    for make in (seg.make_loss_map, seg.make_concatenation):
-        with pytest.raises(ValueError, match=f"id {wrong}, expected 0 to 3"):
-            make(data["posteriors"], labels)
+    with pytest.raises(ValueError, match=f"id {wrong}, expected 0 to 3"):
+        seg.make_loss_map(data["posteriors"], labels)
 
 
 # ------------------------------------------------------------------------------------------- extraction
@@ -152,8 +150,6 @@ def test_features_have_the_documented_shapes_and_equal_their_definitions(model, 
     assert both.shape == (N, C + 1, H, W)
     np.testing.assert_allclose(both[:, :C], p, **near)
     assert np.array_equal(both[:, C], data["labels"])
-    unfolded = patches.unfold_labels(torch.from_numpy(both).float(), True)
-    np.testing.assert_allclose(unfolded, seg.make_concatenation(p, labels), **near)
     alone = seg.extract_posteriors(model, data["images"], image_ids=data["ids"])
     assert np.array_equal(alone, both[:, :C])
     mean = seg.extract_mean_loss(model, data["images"], **call)
@@ -361,11 +357,11 @@ def test_networks_have_no_stride_in_their_last_stage_and_unknown_ones_are_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": np.zeros((6, 8), np.float32)}, "float maps .N, C, H, W."),
+        ({"features": np.zeros((6, 8), np.float32)}, r"shape \(N, C, H, W\)"),
         ({"features": np.full((6, 1, 8, 8), np.nan, np.float32)}, "NaN or infinite values in 6 of 6"),
         ({"is_member": np.ones(6, bool)}, "6 members of 6"),
         ({"is_member": np.arange(5) % 2 == 0}, r"labels of shape \(6,\)"),
-        ({"validation": (np.zeros((2, 2, 8, 8), np.float32), np.array([True, False]))}, r"\(1, 8, 8\) an image"),
+        ({"validation": (np.zeros((2, 2, 8, 8), np.float32), np.array([True, False]))}, r"to fit, \(1, 8, 8\), got \(2, 8, 8\)"),
         ({"n_patches": 0}, "n_patches >= 1"),
         ({"epochs": 0}, "epochs, steps_per_epoch and patience >= 1"),
         ({"patch_share": 1.5}, "patch_share in"),

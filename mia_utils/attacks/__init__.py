@@ -1,11 +1,7 @@
 """Attacks on frozen models: a registry, and one ``evaluate`` that runs any of them with its three controls.
 
 An attack is an ``extract`` (what the model outputs about each image) and one of ``score`` (a fixed rule) or ``fit`` (an
-attacker trained on images whose membership is known; the shared network by default). Whoever registers one gets the
-roles, the threshold, the protocols and the controls from here::
-
-    attacks.register("norm", needs={"embed"}, queries=1, extract=extract_norm, score=lambda features: features[:, 0])
-    attacks.evaluate("norm", encoder, pool, split, knowledge="partial").auc
+attacker trained on images whose membership is known; the shared network by default).
 """
 
 from functools import partial
@@ -20,37 +16,35 @@ __all__ = ["ATTACKS", "BLIND_RUNGS", "CONTROLS", "NEEDS", "PROTOCOLS", "Attack",
 __all__ += ["evaluate", "evaluate_blind", "fingerprint", "lpla", "mim", "network", "partcrop", "reference", "register"]
 __all__ += ["segmentation", "table"]
 
-_PARTCROP = {"needs": {"tokens", "embed"}, "queries": lambda params: params["n_crops"] + 1}
-_PARTCROP |= {"extract": partcrop.extract_features}
-register("partcrop", **_PARTCROP, paper="PartCrop (arXiv 2404.02462)")
-register("partcrop-v2", **_PARTCROP, fit=partial(network.fit, version="v2"), paper="PartCrop-v2 (arXiv 2505.10351)")
-_SPREAD = {"needs": {"tokens"}, "queries": 1, "extract": partcrop.extract_spread, "paper": "one-query form of PartCrop"}
+_ask = {"needs": {"tokens", "embed"}, "queries": lambda params: params["n_crops"] + 1}
+_ask |= {"extract": partcrop.extract_features}
+_normalized = partial(network.fit, make=partial(network.make_network, normalized=True))
+register("partcrop", **_ask, paper="PartCrop (arXiv 2404.02462)")
+register("partcrop-v2", **_ask, fit=_normalized, paper="PartCrop-v2 (arXiv 2505.10351)")
+_ask = {"needs": {"reconstruct"}, "queries": lambda params: params["n_masks"], "extract": mim.extract_distances}
+_judge = {"score": mim.score_distances, "statistic": mim.compute_log_likeness}
+register("mim", **_ask, **_judge, paper="MIM attack (arXiv 2408.06825)")
+_ask = {"needs": {"embed"}, "queries": lambda params: params["n_views"], "extract": encodermi.extract_features}
+_ask |= {"paper": "EncoderMI (arXiv 2108.11023)"}
+register("encodermi-v", **_ask, fit=encodermi.fit_vector)
+register("encodermi-s", **_ask, fit=encodermi.fit_set)
+register("encodermi-t", **_ask, score=encodermi.score_threshold, statistic=encodermi.score_threshold)
+_ask = {"needs": {"embed"}, "queries": 1, "extract": lpla.extract_norms, "paper": "LpLA (arXiv 2506.05743)"}
+register("lpla", **_ask, fit=lpla.fit_ratio)
+_ask = {"needs": {"tokens"}, "queries": 1, "extract": partcrop.extract_spread, "paper": "one-query form of PartCrop"}
+register("token-spread", **_ask, score=partcrop.score_spread, statistic=partcrop.score_spread)
+register("token-spread-lr", **_ask, fit=partcrop.fit_spread)
 
-_MIM = {"needs": {"reconstruct"}, "queries": lambda params: params["n_masks"], "extract": mim.extract_distances}
-_MIM |= {"score": mim.score_distances, "statistic": mim.compute_log_likeness}
-register("mim", **_MIM, paper="MIM attack (arXiv 2408.06825)")
-
-_ENCODERMI = {"needs": {"embed"}, "queries": lambda params: params["n_views"], "extract": encodermi.extract_features}
-_ENCODERMI |= {"paper": "EncoderMI (arXiv 2108.11023)"}
-register("encodermi-v", **_ENCODERMI, fit=encodermi.fit_vector)
-register("encodermi-s", **_ENCODERMI, fit=encodermi.fit_set)
-register("encodermi-t", **_ENCODERMI, score=encodermi.score_threshold, statistic=encodermi.score_threshold)
-_LPLA = {"needs": {"embed"}, "queries": 1, "paper": "LpLA (arXiv 2506.05743)"}
-register("lpla", **_LPLA, extract=lpla.extract_norms, fit=lpla.fit_ratio)
-register("token-spread", **_SPREAD, score=partcrop.score_spread, statistic=partcrop.score_spread)
-register("token-spread-lr", **_SPREAD, fit=partcrop.fit_spread)
-
-# what the attacker sees, and who judges it
-_MEAN_LOSS = {"score": segmentation.score_mean_loss, "statistic": segmentation.score_mean_loss}
-for _name, _extract, _judge in (
-    ("loss-map", segmentation.extract_loss_map, {"fit": segmentation.fit}),
-    ("concat", segmentation.extract_posteriors_and_labels, {"fit": partial(segmentation.fit, labels_last=True)}),
-    ("full-image", segmentation.extract_loss_map, {"fit": partial(segmentation.fit, whole=True)}),
-    ("global-loss", segmentation.extract_mean_loss, _MEAN_LOSS),
-    ("label-only", segmentation.extract_label_only, {"fit": segmentation.fit}),
-    ("type1", segmentation.extract_posteriors, {"fit": segmentation.fit}),
+_labels = {"needs": {"posteriors", "labels"}, "queries": 1, "paper": "Segmentations-Leak (arXiv 1912.09685)"}
+_type1 = {"needs": {"posteriors"}, "queries": 1, "paper": "Type-I of Chobola et al. (arXiv 2212.01082)"}
+_mean_loss = {"score": segmentation.score_mean_loss, "statistic": segmentation.score_mean_loss}
+_concat = {"fit": partial(segmentation.fit, labels_last=True)}
+for _name, _ask, _extract, _judge in (  # what the attacker sees, and what judges it
+    ("loss-map", _labels, segmentation.extract_loss_map, {"fit": segmentation.fit}),
+    ("concat", _labels, segmentation.extract_posteriors_and_labels, _concat),
+    ("full-image", _labels, segmentation.extract_loss_map, {"fit": partial(segmentation.fit, whole=True)}),
+    ("global-loss", _labels, segmentation.extract_mean_loss, _mean_loss),
+    ("label-only", _labels, segmentation.extract_label_only, {"fit": segmentation.fit}),
+    ("type1", _type1, segmentation.extract_posteriors, {"fit": segmentation.fit}),
 ):
-    _blind = _name == "type1"
-    _paper = "Type-I of Chobola et al. (arXiv 2212.01082)" if _blind else "Segmentations-Leak (arXiv 1912.09685)"
-    _needs = {"posteriors"} if _blind else {"posteriors", "labels"}
-    register(f"seg-{_name}", needs=_needs, queries=1, extract=_extract, paper=_paper, **_judge)
+    register(f"seg-{_name}", **_ask, extract=_extract, **_judge)

@@ -2,13 +2,9 @@
 
 Source: Zhu, Zha, Li, Wang: PartCrop (CCS 2024, arXiv 2404.02462) and PartCrop-v2 (arXiv 2505.10351). Steps: 1 view and
 K part crops, 2 embeddings, 3 responses of every token to every part, 4 energies, 5 sorted feature, 6 attacker
-(``network.fit``). Ours: the probes can be random vectors instead of parts, or the tokens another image's, which tells
-what the attack reads; and the token spread, which needs one query.
-
+(``network.fit``). Ours: other probes than parts tell what the attack reads; and the token spread needs one query.
 Letters: N images, K part crops, L tokens, D embedding, s side of a crop.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
@@ -32,21 +28,10 @@ EPS = 1e-6  # inside the logarithms of the two reference distributions, as relea
 
 
 def compute_responses(parts: Tensor, tokens: Tensor) -> Tensor:
-    """Log-response of every token to every part: log softmax_j <p_i, X_j> (step 3; a raw dot product, no norm).
-
-    Args:
-        parts: (N, K, D) vectors of the part crops.
-        tokens: (N, L, D) tokens of the whole image, L >= 2 (the softmax of one token is always one).
-
-    Returns:
-        (N, K, L) log v_ij; exp of it sums to one over the tokens.
-    """
-    for name, x, shape in (("parts", parts, "(N, K, D)"), ("tokens", tokens, "(N, L, D)")):
-        if x.ndim != 3:
-            raise ValueError(f"{name}: expected {shape}, got {tuple(x.shape)}")
-    if parts.shape[0] != tokens.shape[0] or parts.shape[2] != tokens.shape[2]:
-        got = f"{tuple(parts.shape)}, {tuple(tokens.shape)}"
-        raise ValueError(f"expected (N, K, D) and (N, L, D) of the same N and D, got {got}")
+    """Log-response log v_ij = log softmax_j <p_i, X_j>, (N, K, L), of tokens (N, L, D) to parts (N, K, D) (step 3)."""
+    if parts.ndim != 3 or tokens.ndim != 3 or parts.shape[::2] != tokens.shape[::2]:
+        got = f"{tuple(parts.shape)} and {tuple(tokens.shape)}"
+        raise ValueError(f"expected parts (N, K, D) and tokens (N, L, D) of the same N and D, got {got}")
     if tokens.shape[1] < 2:
         raise ValueError(f"expected at least 2 tokens per image, got {tokens.shape[1]}: query a larger view")
     with torch.autocast(parts.device.type, enabled=False):  # energies of bfloat16 products are off by tenths
@@ -59,27 +44,17 @@ def part_energies(
 ) -> Tensor:
     """Describe every image by how far the responses of its parts are from two reference shapes (steps 3-5).
 
-    Args:
-        parts: (N, K, D) vectors of the part crops.
-        tokens: (N, L, D) tokens of the whole image.
-        kind: ``"uniform"``, ``"gaussian"`` or ``"both"``.
-        reference: (K, L) standard normals of the Gaussian shape; None draws them from ``seed``, one table for all
-            images (paired: what the draw adds, it adds to members and non-members alike; no batch mate matters).
-        seed: seed of that draw.
-
-    Returns:
-        (N, K), or (N, 2K) for ``"both"``: each energy sorted in descending order, then [uniform; gaussian].
-        Larger = sharper responses.
+    Parts (N, K, D) and tokens (N, L, D) -> (N, K), or (N, 2K) for ``"both"``: each energy sorted in descending order,
+    then [uniform; gaussian]; larger = sharper responses. ``reference`` (K, L) are standard normals of the Gaussian
+    shape; None draws them from ``seed``, one table for all images: what it adds, it adds to members and non-members.
     """
     if kind not in KINDS:
         raise ValueError(f"expected kind {', '.join(KINDS)}, got {kind!r}")
     log_v = compute_responses(parts, tokens)  # (N, K, L)
     n_crops, n_tokens = log_v.shape[1:]
     energies = []
-    if kind != "gaussian":
-        # u_i = sum_j 1/L [log(1/L + eps) - log v_ij]
-        u = math.log(1 / n_tokens + EPS) - log_v.mean(-1)  # (N, K)
-        energies.append(u)
+    if kind != "gaussian":  # u_i = sum_j 1/L [log(1/L + eps) - log v_ij]
+        energies.append(math.log(1 / n_tokens + EPS) - log_v.mean(-1))  # (N, K)
     if kind != "uniform":
         if reference is None:
             reference = torch.randn(n_crops, n_tokens, generator=seeds.generator(seed, "partcrop-reference"))
@@ -90,8 +65,7 @@ def part_energies(
         q = torch.exp(-((z - z.mean(-1, keepdim=True)) ** 2) / (2 * sd**2)) / (math.sqrt(2 * math.pi) * sd)
         q = q / q.sum(-1, keepdim=True)  # (K, L), rows sum to one
         # g_i = sum_j q_ij [log(q_ij + eps) - log v_ij]
-        g = (q * (torch.log(q + EPS) - log_v)).sum(-1)  # (N, K)
-        energies.append(g)
+        energies.append((q * (torch.log(q + EPS) - log_v)).sum(-1))  # (N, K)
     return torch.cat([e.sort(-1, descending=True).values for e in energies], dim=-1)
 
 
@@ -105,26 +79,15 @@ def get_chunk(encoder, n_crops: int, crop_size: int) -> int:
     side = max(crop_size, getattr(encoder, "min_size", None) or 0)
     crop_bytes = 4 * 3 * (side**2 + crop_size * encoder.input_size)
     share = min(1.0, side**2 / encoder.input_size**2)  # tokens of a crop against tokens of the view
-    token_bytes = 4 * 16 * getattr(encoder, "dim", 768) * max(1, share * (getattr(encoder, "n_tokens", None) or 196))
-    image_bytes = n_crops * (2 * crop_bytes + token_bytes)
-    return query.fit_chunk(query.get_device(encoder), image_bytes, cache=64e6, most=65536 / n_crops)
+    return query.fit_views(encoder, n_crops, 2 * crop_bytes, share=share, cache=64e6)
 
 
 def iterate_parts(
-    encoder,
-    images: np.ndarray,
-    *,
-    image_ids: Sequence[str],
-    n_crops: int = 128,
-    crop_scale: Sequence[float] = (0.08, 0.2),
-    crop_size: int | None = None,
-    pooling: str = "auto",
-    view: str | Sequence[str] = "resize",
-    probes: str = "parts",
-    seed: int = 0,
-    batch_size: int | None = None,
+    encoder, images: np.ndarray, *, image_ids: Sequence[str], n_crops: int = 128,
+    crop_scale: Sequence[float] = (0.08, 0.2), crop_size: int | None = None, pooling: str = "auto",
+    view: str | Sequence[str] = "resize", probes: str = "parts", seed: int = 0, batch_size: int | None = None,
     progress: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield probes (n, K, D) and tokens (n, L, D) of chunks of images (steps 1, 2); see :func:`extract_features`."""
     if probes not in PROBES:
         raise ValueError(f"expected probes {', '.join(PROBES)}, got {probes!r}")
@@ -135,11 +98,9 @@ def iterate_parts(
     chunk = batch_size or get_chunk(encoder, n_crops, crop_size)
     for rows in query.iterate_chunks(len(images), chunk, label="part crops", progress=progress):
         ids = ids_of[rows].tolist()
-        boxes, flips = views.draw_boxes(  # drawn while a GPU still works on the chunk before
-            ids, n_crops, height=size, width=size, scale=crop_scale, seed=seed, stream="partcrop"
-        )
-        with torch.inference_mode():
-            # 1. global view G, then K parts cut from G
+        draws = dict(height=size, width=size, scale=crop_scale, seed=seed, stream="partcrop")
+        boxes, flips = views.draw_boxes(ids, n_crops, **draws)  # drawn while a GPU still works on the chunk before
+        with torch.inference_mode():  # 1. global view G, then K parts cut from G
             whole = _view_whole(images, rows, ids_of, view_of, size=size, seed=seed, device=device)
             crops = views.resized_crop(whole, boxes, crop_size, flips=flips)  # (n, K, 3, s, s)
             # 2. all parts of the chunk in one forward
@@ -177,59 +138,31 @@ def _pair_up(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def extract_features(
-    encoder,
-    images: np.ndarray,
-    *,
-    image_ids: Sequence[str],
-    n_crops: int = 128,
-    crop_scale: Sequence[float] = (0.08, 0.2),
-    crop_size: int | None = None,
-    pooling: str = "auto",
-    kind: str = "both",
-    view: str | Sequence[str] = "resize",
-    probes: str = "parts",
-    seed: int = 0,
-    batch_size: int | None = None,
+    encoder, images: np.ndarray, *, image_ids: Sequence[str], n_crops: int = 128,
+    crop_scale: Sequence[float] = (0.08, 0.2), crop_size: int | None = None, pooling: str = "auto", kind: str = "both",
+    view: str | Sequence[str] = "resize", probes: str = "parts", seed: int = 0, batch_size: int | None = None,
     progress: bool = False,
-) -> Tensor:
-    """Query a frozen encoder with the parts of every image (steps 1-5).
+) -> Tensor:  # fmt: skip
+    """Query a frozen encoder with the parts of every image (steps 1-5): :func:`part_energies`, float32 on the CPU.
 
     Args:
-        encoder: has ``tokens``, ``embed`` and ``input_size``; the arguments of all queries: ``attacks/query.py``.
-        n_crops: parts per image (K).
-        crop_scale: area range of a part as a share of the view (the paper's best of five).
-        crop_size: side of a part in pixels; None: the paper's (:func:`get_crop_size`).
-        kind: see :func:`part_energies`.
-        view: global view, one name or one per image. The released code gives members ``"random_resized_crop"`` and
-            non-members ``"resize"``; the controlled protocol gives every image ``"resize"``.
+        crop_scale: area range of a part as a share of the view (the paper's best of five); ``n_crops`` is K.
+        view: global view, one name or one per image: ``"resize"``, or ``"random_resized_crop"`` as the released code
+            has it for members only.
         probes: ``"parts"``; ``"random"``: K normal vectors of the parts' root mean square instead; ``"other-image"``:
             the parts probe the tokens of another of these images (seeded), so nothing of the image's own is left.
-
-    Returns:
-        (N, K) or, for ``"both"``, (N, 2K) float32 on the CPU.
     """
-    options = dict(n_crops=n_crops, crop_scale=crop_scale, crop_size=crop_size, pooling=pooling, view=view)
-    options |= dict(probes=probes, seed=seed, batch_size=batch_size, progress=progress)
-    chunks = iterate_parts(encoder, images, image_ids=image_ids, **options)
+    chunks = iterate_parts(
+        encoder, images, image_ids=image_ids, n_crops=n_crops, crop_scale=crop_scale, crop_size=crop_size,
+        pooling=pooling, view=view, probes=probes, seed=seed, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
     features = [part_energies(parts.float(), tokens.float(), kind=kind, seed=seed) for parts, tokens in chunks]
     return torch.cat(features).cpu() if features else torch.empty(0, n_crops * (2 if kind == "both" else 1))
 
 
-def responses(
-    encoder, image: np.ndarray, boxes: np.ndarray, *, crop_size: int | None = None, pooling: str = "auto"
-) -> np.ndarray:
-    """Response map of given parts, for figures: which tokens of the image respond to its seat, its muzzle.
-
-    Args:
-        image: (H, W, 3) uint8.
-        boxes: (P, 4) y0, x0, y1, x1 in pixels of ``image`` (as ``Pool.part_boxes``); NaN = the part is absent.
-
-    Returns:
-        (P, L) float32 softmax over the tokens; NaN rows for absent parts.
-    """
-    image, boxes, size = np.asarray(image), np.asarray(boxes, float), encoder.input_size
-    if image.ndim != 3 or boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"expected (H, W, 3) and boxes (P, 4), got {image.shape} and {boxes.shape}")
+def responses(encoder, image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Response maps (P, L) float32 over the tokens of an image (H, W, 3) uint8; ``boxes`` as ``Pool.part_boxes``."""
+    boxes, size = np.asarray(boxes, float), encoder.input_size
     present = ~np.isnan(boxes).any(axis=1)
     scale = size / np.array([image.shape[0], image.shape[1]] * 2)
     corners = np.rint(boxes[present] * scale).clip(0, size).astype(int)
@@ -242,34 +175,22 @@ def responses(
         maps = np.full((len(boxes), tokens.shape[1]), np.nan, np.float32)
         if present.any():
             box = torch.from_numpy(np.concatenate([top_left, extent], axis=1))[None]
-            crops = views.resized_crop(whole, box, crop_size or get_crop_size(size))[0]
-            parts = encoder.embed(crops, pooling=pooling).float()[None]
+            crops = views.resized_crop(whole, box, get_crop_size(size))[0]
+            parts = encoder.embed(crops).float()[None]
             maps[present] = compute_responses(parts, tokens)[0].exp().cpu().numpy()
     return maps
 
 
 def response_curves(encoder, images: np.ndarray, *, image_ids: Sequence[str], **options) -> np.ndarray:
-    """Mean part-response curve (N, L) float32 of every image: v_ij sorted over tokens, descending, averaged over parts.
-
-    The paper's Figure 2 is the mean of the members' rows beside the mean of the non-members' rows. Options:
-    :func:`extract_features`, without ``kind``.
-    """
+    """Mean over the parts of v_ij sorted over the tokens, descending: (N, L) float32, the paper's Figure 2."""
     chunks = iterate_parts(encoder, images, image_ids=image_ids, **options)
-    curves = [
-        compute_responses(parts.float(), tokens.float()).exp().sort(-1, descending=True).values.mean(1).cpu()
-        for parts, tokens in chunks
-    ]
-    return torch.cat(curves).numpy()
-
-
-# ------------------------------------------------------------------------------------- token spread: one query
+    maps = (compute_responses(parts.float(), tokens.float()).exp() for parts, tokens in chunks)
+    return torch.cat([v.sort(-1, descending=True).values.mean(1).cpu() for v in maps]).numpy()
 
 
 def measure_tokens(tokens: Tensor) -> Tensor:
-    """Logarithms (N, 5) of five sizes of an image's tokens X (N, L, D); ours, no paper.
-
-    Spread sqrt(mean_j |X_j - mean X|^2); |mean X|; mean and largest |X_j|; largest |X_j - mean X|.
-    """
+    """Logarithms (N, 5) of sizes of tokens X (N, L, D): sqrt(mean_j |X_j - mean X|^2), the spread; |mean X|; mean and
+    largest |X_j|; largest |X_j - mean X|. Ours, no paper."""
     mean = tokens.mean(1, keepdim=True)
     away, long = (tokens - mean).norm(dim=-1), tokens.norm(dim=-1)  # (N, L)
     spread = away.square().mean(1).sqrt()
@@ -278,15 +199,9 @@ def measure_tokens(tokens: Tensor) -> Tensor:
 
 
 def extract_spread(
-    encoder,
-    images: np.ndarray,
-    *,
-    image_ids: Sequence[str],
-    view: str | Sequence[str] = "resize",
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> Tensor:
+    encoder, images: np.ndarray, *, image_ids: Sequence[str], view: str | Sequence[str] = "resize", seed: int = 0,
+    batch_size: int = 64, progress: bool = False,
+) -> Tensor:  # fmt: skip
     """Query a frozen encoder once per image: (N, 5) float32 of :func:`measure_tokens`; arguments as above."""
     images, sizes = query.check_query(encoder, images, image_ids, need="tokens"), [torch.empty(0, 5)]
     view_of, ids = np.broadcast_to(np.asarray(view), len(images)), np.asarray(image_ids)
@@ -298,20 +213,14 @@ def extract_spread(
 
 
 def score_spread(features: np.ndarray | Tensor) -> np.ndarray:
-    """Minus the log token spread, nothing is trained: (N, 5) -> (N,) float64, higher = more likely a member.
-
-    A member's tokens lie closer together (MAE, 128 images: AUC .81 after 500 epochs, .96 after 2,500).
-    """
+    """Minus the log token spread, nothing is trained: (N, 5) -> (N,) float64, higher = more likely a member."""
     return -network.check_features(features, "features")[:, 0].astype(np.float64)
 
 
 def fit_spread(
     features: np.ndarray | Tensor, is_member: np.ndarray, *, validation: tuple[Any, Any], seed: int = 0
 ) -> SimpleNamespace:
-    """Fit a logistic regression on the five sizes; ``.score`` maps (N, 5) to (N,) float64, higher = member.
-
-    ``validation`` and ``seed`` are not used, nothing is chosen or drawn: every attacker is called alike.
-    """
+    """Logistic regression on the five sizes; ``validation``, ``seed`` are not used: all attackers are called alike."""
     x, y = network.check_pair(features, is_member, "fit")
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000)).fit(x, y)
     return SimpleNamespace(score=lambda features: model.decision_function(np.asarray(features)))

@@ -9,8 +9,6 @@ What every ``extract`` takes, beside the model:
     progress: show a bar with images/s when it takes longer than five seconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +19,7 @@ from mia_utils.models import views
 
 
 def iterate_chunks(n: int, chunk: int, *, label: str, progress: bool) -> Iterator[slice]:
-    """Yield the rows of successive chunks of n images; a bar with images/s appears where it takes over 5 seconds."""
+    """Yield the rows of successive chunks of n images."""
     with tqdm(total=n, unit="image", desc=label, disable=not progress, delay=5, leave=False) as bar:
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
@@ -29,18 +27,16 @@ def iterate_chunks(n: int, chunk: int, *, label: str, progress: bool) -> Iterato
             bar.update(rows.stop - start)
 
 
-def fit_chunk(device: str | torch.device, image_bytes: float, *, cache: float, most: float = 65536) -> int:
-    """Images per forward: of a GPU's free memory 0.3, on a CPU what stays in its cache (fastest there).
-
-    Args:
-        device: of the model.
-        image_bytes: views, resampling and activations of one image.
-        cache: bytes of a chunk on a CPU.
-        most: upper bound, so that no kernel indexes past 32 bits.
-    """
-    device = torch.device(device)
+def fit_chunk(device: torch.device, image_bytes: float, *, cache: float, most: float = 65536) -> int:
+    """Images per forward: of a GPU's free memory 0.3, on a CPU what stays in its ``cache`` bytes (fastest there)."""
     budget = 0.3 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else cache
     return max(1, int(min(budget / image_bytes, most)))
+
+
+def fit_views(encoder: Any, n_views: int, view_bytes: float, *, share: float = 1.0, cache: float) -> int:
+    """Images per forward of an encoder whose views have ``share`` of the tokens; no kernel indexes past 32 bits."""
+    token_bytes = 4 * 16 * getattr(encoder, "dim", 768) * max(1, share * (getattr(encoder, "n_tokens", None) or 196))
+    return fit_chunk(get_device(encoder), n_views * (view_bytes + token_bytes), cache=cache, most=65536 / n_views)
 
 
 def get_device(model: Any) -> torch.device:
