@@ -78,23 +78,14 @@ def test_exchangeable_images_give_chance(data):
     assert np.mean(np.array(p) < 0.1) <= 0.35  # binomial of 20 at .1: beyond .35 with probability .002
 
 
-def test_roles_as_an_array(data):
+def test_no_image_is_scored_by_its_own_label(data):
     images, is_member, folds = data
-    fit, validation, report = folds[0]
-    role = np.full(400, "unused", dtype="<U10")
-    role[fit[10:]], role[validation], role[report] = "fit", "validation", "report"
-    by_role = controls.score_without_model(images, is_member, role)
-    by_fold = controls.score_without_model(images, is_member, [(np.flatnonzero(role == "fit"), validation, report)])
-    np.testing.assert_allclose(by_role, by_fold)
-    assert np.isfinite(by_role[report]).all() and np.isfinite(by_role[validation]).all()
-    assert np.isnan(by_role[fit]).all()  # never a score of an image that the classifier was fit on
-    # validation is scored without itself: its labels may not change its scores
-    flipped = is_member.copy()
-    flipped[validation] = ~flipped[validation]
-    np.testing.assert_array_equal(controls.score_without_model(images, flipped, role)[validation], by_role[validation])
-    # and the labels of the report set may not change anything
-    flipped = np.where(role == "report", ~is_member, is_member)
-    np.testing.assert_array_equal(controls.score_without_model(images, flipped, role), by_role)
+    fit, validation, report = one = folds[0]
+    score = controls.score_without_model(images, is_member, [one])
+    assert np.isfinite(score[report]).all() and np.isfinite(score[validation]).all() and np.isnan(score[fit]).all()
+    for flipped, same in ((validation, validation), (report, np.r_[validation, report])):
+        other = is_member ^ np.isin(np.arange(400), flipped)
+        np.testing.assert_array_equal(controls.score_without_model(images, other, [one])[same], score[same])
 
 
 def test_every_report_position_is_scored(data):
@@ -119,26 +110,11 @@ def test_permutation_keeps_the_numbers_of_each_role(data):
 
 def test_blocks_change_sides_as_a_whole():
     groups, is_member = np.repeat(np.arange(20), 4), np.repeat(np.arange(20) < 8, 4)
-    role = np.where(groups % 2, "fit", "report")
-    got = controls.permute_labels(is_member, role, groups=groups)
+    fold = [(np.flatnonzero(groups % 2), [], np.flatnonzero(groups % 2 == 0))]
+    got = controls.permute_labels(is_member, fold, groups=groups)
     assert all(len(np.unique(got[groups == g])) == 1 for g in range(20)) and got.sum() == is_member.sum()
     with pytest.raises(ValueError, match="holds both"):
-        controls.permute_labels(np.arange(80) % 2 == 0, role, groups=groups)
-
-
-def test_describe():
-    rng = np.random.default_rng(0)
-    is_member = np.arange(400) < 200
-    text = controls.describe(metrics.evaluate(rng.normal(size=400), is_member, n_bootstrap=200))
-    assert "passes; minimum detectable AUC .5" in text
-    assert "invalid" in controls.describe(
-        metrics.evaluate(rng.normal(size=400) + is_member, is_member, n_bootstrap=200)
-    )
-
-    class Empty:
-        meta = {"reason": "no untrained model"}
-
-    assert controls.describe(Empty()) == "not run: no untrained model"
+        controls.permute_labels(np.arange(80) % 2 == 0, fold, groups=groups)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,13 @@
-"""The controls beside every attack: what a score is worth when the model has nothing to say.
+"""The controls beside every attack; each holds an AUC of 0.5 when the protocol is sound.
 
-* **no-model**: statistics of the very images that the attack queries, a small classifier, no model. Above 0.5 it says
-  that members and non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201).
-* **untrained**: the attack on an encoder with fresh weights (nothing to write: hand the attack a fresh encoder).
-* **permuted**: the attack on labels that are permuted within each role, the evaluation set's included.
-
-All three hold an AUC of 0.5 when the protocol is sound; ``intervals.judge_controls`` judges them in families.
+*no-model*: a small classifier on statistics of the very images that the attack queries; above 0.5 members and
+non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201). *untrained*: the attack on an encoder with fresh
+weights. *permuted*: the attack on labels that are permuted within each role, the evaluation set's included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,25 +18,19 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from mia_utils import seeds
-from mia_utils.protocol import intervals
 
-ROLES = ("fit", "validation", "report")
 THUMBNAIL = (6, 8)  # rows, columns
 _CHUNK = 512  # images in float at once
 
-Folds = Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+Folds = Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]  # attack-training, attack-validation, evaluation
 
 
 def extract_statistics(images: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Describe images by numbers that need no model.
-
-    Args:
-        images: (N, H, W, 3) or (N, 3, H, W); uint8, or float in [0, 1].
+    """Describe images (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1], by numbers that need no model.
 
     Returns:
         (N, 56) float64: means and standard deviations of the channels (6), logarithms of the gradient and the Laplacian
-        energy of the luminance (2), luminance thumbnail of 6 rows and 8 columns by area averaging (48). Raises
-        ValueError for another shape or range, or pixels that are not finite.
+        energy of the luminance (2), luminance thumbnail of 6 rows and 8 columns by area averaging (48).
     """
     x = images.detach().cpu() if isinstance(images, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(images))
     if x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
@@ -49,8 +39,6 @@ def extract_statistics(images: np.ndarray | torch.Tensor) -> np.ndarray:
         x = x.permute(0, 3, 1, 2)
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f"expected images as uint8 or float in [0, 1], got {x.dtype}")
-    if not len(x):
-        return np.empty((0, 8 + THUMBNAIL[0] * THUMBNAIL[1]))
     return np.concatenate([_describe_chunk(part) for part in x.split(_CHUNK)])
 
 
@@ -70,25 +58,18 @@ def _describe_chunk(x: torch.Tensor) -> np.ndarray:
     return np.concatenate([moments.numpy(), energies, thumbnail.numpy()], axis=1).astype(np.float64)
 
 
-def score_without_model(
-    images: np.ndarray | torch.Tensor, is_member: np.ndarray, folds: Folds | np.ndarray, *, seed: int = 0
-) -> np.ndarray:
+def score_without_model(images: np.ndarray | torch.Tensor, is_member: np.ndarray, folds: Folds) -> np.ndarray:
     """Score membership without a model: statistics of the images, standardized, and a logistic regression.
 
-    Give the *views* that the attack queries, so that a difference in how members are queried is seen too. Evaluation
-    positions are scored by a classifier fit on the attack-training and attack-validation positions; attack-validation
-    positions by one fit on the attack-training positions only, so that a threshold can be chosen there.
+    The classifier of a fold is fit on its attack-training and attack-validation positions; in a single fold those of
+    attack-validation are scored by one fit on attack-training only, so that a threshold can be chosen there.
 
     Args:
-        images: (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]; or their statistics (N, F).
-        is_member: (N,) bool.
-        folds: ``(fit, validation, report)`` positions per fold, or a role ``"fit" | "validation" | "report"`` per
-            position (N,) str (other names: unused).
-        seed: not used (the fit is deterministic): this attacker is called as all others.
+        images: the *views* that the attack queries, as in ``extract_statistics``, or their statistics (N, F).
+        is_member, folds: (N,) bool; disjoint positions per fold.
 
     Returns:
-        (N,) float64, higher = more likely a member; NaN where a position is neither reported nor (single fold)
-        validation. Raises ValueError where shapes differ or the positions to fit on lack a class.
+        (N,) float64, higher = more likely a member; NaN where a position is not scored.
     """
     is_member, folds = _check(is_member, folds)
     x = np.asarray(images, dtype=np.float64) if np.ndim(images) == 2 else extract_statistics(images)
@@ -104,29 +85,22 @@ def score_without_model(
 
 
 def _fit_blind(x: np.ndarray, is_member: np.ndarray) -> Pipeline:
-    if not 0 < is_member.sum() < len(is_member):
-        raise ValueError(f"expected members and non-members to fit, got {is_member.sum()} members of {len(is_member)}")
     # C = 0.1 is fixed: with 56 columns and a few hundred members a search would cost more images than it gains
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000))
     return model.fit(x, is_member)
 
 
 def permute_labels(
-    is_member: np.ndarray, folds: Folds | np.ndarray, *, seed: int = 0, groups: np.ndarray | None = None
+    is_member: np.ndarray, folds: Folds, *, seed: int = 0, groups: np.ndarray | None = None
 ) -> np.ndarray:
-    """Permute labels within each role, so that every role keeps its number of members (FPR and AUC stay comparable).
+    """Permute labels (N,) within each role, so that every role keeps its number of members: (N,) bool.
 
-    One fold: within fit, validation and report. Several: within each report fold, so that an image has one permuted
-    label in all the roles it plays, and what an attacker is fit on says nothing about the fold it is scored on.
+    One fold: within each of its sets. Several: within each evaluation set, so that an image has one permuted label in
+    all the roles it plays, and what an attacker is fit on says nothing about the fold it is scored on.
 
     Args:
-        is_member, folds: as in ``score_without_model``.
-        seed: seed of the private stream.
-        groups: (N,) block ids: blocks of one side change sides as a whole.
-
-    Returns:
-        (N,) bool; positions without a role keep their label. Raises ValueError where shapes differ, or a block holds
-        members and non-members of one role.
+        is_member, folds: as in ``score_without_model``; positions in no fold keep their label.
+        groups: (N,) block ids: blocks of one side (others are a ValueError) change sides as a whole.
     """
     is_member, folds = _check(is_member, folds)
     permuted, rng = is_member.copy(), seeds.rng(seed, "controls.permute")
@@ -142,36 +116,9 @@ def permute_labels(
     return permuted
 
 
-def describe(result: Any) -> str:
-    """Say in one line what a control shows by its own interval, and the smallest AUC it could have shown.
-
-    For example ``"AUC .51 [.48, .54], passes; minimum detectable AUC .53"``; a control that was not run has no scores
-    and a ``meta["reason"]``.
-    """
-    reason = (getattr(result, "meta", None) or {}).get("reason")
-    if reason or not np.isfinite(result.auc):
-        return f"not run: {reason or 'no scores'}"
-    control = intervals.two_sided(result.auc, result.auc_low, result.auc_high)
-    said = f"AUC {intervals.format_interval(*control[:3])}"
-    if control.rejected:
-        return f"{said}, invalid: members and non-members differ without the model's help"
-    numbers = getattr(result, "metrics", result)
-    return f"{said}, passes; minimum detectable AUC {intervals.format_auc(numbers.minimum_detectable)}"
-
-
-def _check(is_member: np.ndarray, folds: Folds | np.ndarray) -> tuple[np.ndarray, Folds]:
-    """Labels as bool, and the positions of each fold, given as positions or as a role per position."""
-    is_member = np.asarray(is_member)
-    if is_member.ndim != 1:
-        raise ValueError(f"expected is_member of shape (N,), got {is_member.shape}")
-    if isinstance(folds, np.ndarray) and folds.dtype.kind in "UO" and folds.ndim == 1:
-        if len(folds) != len(is_member):
-            raise ValueError(f"expected a role for each of {len(is_member)} positions, got {len(folds)}")
-        folds = [tuple(np.flatnonzero(folds == role) for role in ROLES)]
+def _check(is_member: np.ndarray, folds: Folds) -> tuple[np.ndarray, Folds]:
     folds = [tuple(np.asarray(part, dtype=np.int64) for part in fold) for fold in folds]
-    if not folds or any(len(fold) != 3 for fold in folds):
-        raise ValueError("expected folds as (fit, validation, report) positions, or an array of roles")
     for used in map(np.concatenate, folds):
         if len(np.unique(used)) != len(used) or not np.isin(used, np.arange(len(is_member))).all():
-            raise ValueError(f"expected disjoint fit, validation and report positions below {len(is_member)}")
-    return is_member.astype(bool), folds
+            raise ValueError(f"expected disjoint positions below {len(is_member)} in the sets of a fold")
+    return np.asarray(is_member).astype(bool), folds

@@ -1,7 +1,7 @@
 """Which images train an attacker, choose its epoch and evaluate it: five cross-fitting folds, or shadow and target.
 
-scikit-learn's stratified folds balance the classes on average and, with groups, only greedily; here the counts of every
-(label, membership) differ by at most one image, because what the class alone tells would enter the AUC.
+scikit-learn's folds balance classes on average and, with groups, greedily; here counts of every (label, membership)
+differ by at most one image, because what the class alone tells would enter the AUC.
 """
 
 from __future__ import annotations
@@ -18,61 +18,47 @@ SETS = ("attack-training", "attack-validation", "evaluation")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Roles:
-    """What an attacker with some knowledge does with each image of a split.
+    """What an attacker with some knowledge does with each image of a split, arrays (n,).
 
-    Attributes:
-        knowledge: ``partial`` or ``shadow...``.
-        index: (n,) int64 positions in the pool.
-        is_member: (n,) bool, of the model named by ``source``.
-        source: (n,) str, ``target`` or ``shadow``.
-        fold: (n,) int64, the entry of ``folds`` that evaluates an image; -1: none, an image of the shadow.
-        folds: (attack-training, attack-validation, evaluation), each int64 positions into ``index``: five such triples
-            for partial knowledge, one for shadow. A triple is disjoint; each target image is evaluated exactly once.
-        strata: (n,) int64 label (for pools with groups: drive) by which the folds are stratified.
-        groups: (n,) str group of each image, or None.
+    ``folds``: (attack-training, attack-validation, evaluation), disjoint int64 positions into ``index``: five such
+    triples for partial knowledge, one for shadow; each target image is evaluated exactly once.
     """
 
-    knowledge: str
-    index: np.ndarray
-    is_member: np.ndarray
-    source: np.ndarray
-    fold: np.ndarray
+    knowledge: str  # partial or shadow...
+    index: np.ndarray  # int64 positions in the pool
+    is_member: np.ndarray  # bool, of the model named by source
+    source: np.ndarray  # target or shadow
+    fold: np.ndarray  # int64, the entry of folds that evaluates an image; -1: none, an image of the shadow
     folds: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-    strata: np.ndarray
-    groups: np.ndarray | None = None
+    strata: np.ndarray  # int64 label (for pools with groups: drive) by which the folds are stratified
+    groups: np.ndarray | None = None  # str
 
     def __len__(self) -> int:
         return len(self.index)
 
     def check(self, *, by_block: bool) -> None:
         """Assert that the sets of a fold share no image and, by block, no group; refuse one without both classes."""
-        n_times = np.zeros(len(self), dtype=int)
         for f, sets in enumerate(self.folds):
             for name, here in zip(SETS, sets, strict=True):
                 n_members = int(self.is_member[here].sum())
                 if n_members in (0, len(here)):
-                    raise ValueError(
-                        f"expected members and non-members in every set, the {name} set of fold {f} has {n_members} "
-                        f"members and {len(here) - n_members} non-members: draw more images (or more groups)"
-                    )
+                    has = f"the {name} set of fold {f} has {n_members} members and {len(here) - n_members} non-members"
+                    raise ValueError(f"expected both in every set, {has}: draw more images (or more groups)")
             together = np.concatenate(sets)
             assert len(np.unique(together)) == len(together), "the sets of a fold share an image"
             if self.groups is not None and by_block and self.knowledge == "partial":
                 a, b, c = (set(self.groups[here].tolist()) for here in sets)
                 assert not (a & b or a & c or b & c), "the sets of a fold share a group"
-            n_times[sets[2]] += 1
-        assert np.array_equal(n_times, self.source == "target"), "a target image is not evaluated exactly once"
+        evaluated = np.sort(np.concatenate([evaluation for _, _, evaluation in self.folds]))
+        assert np.array_equal(evaluated, np.flatnonzero(self.source == "target")), "each target image once"
 
 
 def assign_folds(cells: np.ndarray, units: np.ndarray | None, n_folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Assign images to folds at random so that counts per cell, and totals, differ by at most one unit.
+    """Assign images to folds at random so that counts per cell, and totals, differ by at most one unit: (n,) int64.
 
     Args:
         cells: (n, k) int; equal rows form one cell, such as (label, membership).
         units: (n,) str, images of one unit share a fold; None: every image is a unit.
-
-    Returns:
-        (n,) int64 fold.
     """
     fold = np.empty(len(cells), dtype=np.int64)
     values, cell = np.unique(cells, axis=0, return_inverse=True)
@@ -99,17 +85,12 @@ def assign_folds(cells: np.ndarray, units: np.ndarray | None, n_folds: int, rng:
 def balance(
     known: np.ndarray, strata: np.ndarray, is_member: np.ndarray, target: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Leave out known images until every stratum has the target's ratio of members to non-members.
+    """Leave out some of the known positions (k,) until every stratum has the target's ratio of members to non-members.
 
-    Strata with fewer members or non-members than folds are too small to have a ratio and count as one.
-
-    Args:
-        known: (k,) positions that the attacker knows in a fold.
-        strata, is_member: (n,) of all images of the split.
-        target: positions of the target images.
-
-    Returns:
-        (at most k,) int64 positions, ascending.
+    A fold that evaluates one member more of a class knows one fewer of it: an attacker who reads only the class would
+    score *below* 0.5 (0.48 with 128 members of 8 classes, 0.4 with CamVid's blocks). Strata with fewer members or
+    non-members than folds are too small to have a ratio and count as one. ``strata`` and ``is_member`` are (n,) of all
+    images of the split, ``target`` the positions of the target's.
     """
     n_members = int(is_member[target].sum())
     n_rare, n_common = sorted((n_members, len(target) - n_members))

@@ -1,23 +1,22 @@
-"""The one rule: what an interval must clear before anything here says "shown", and the interval itself.
-
-Titles, tables, checks, exercises and audits call :func:`decide` on the interval that is printed, with the no-model
-control of the same split beside it, and :func:`say` for the words.
+"""The one rule: what the interval that is printed must clear before anything here says "shown", and the interval.
 
 Example:
-    >>> say(decide(0.55, 0.48, 0.62), minimum_detectable=0.57)
-    'not shown; minimum detectable AUC .57'
     >>> say(decide(0.70, 0.64, 0.76, control=Control(0.57, 0.52, 0.62, clear=True)))
     'shown'
+    >>> say(decide(0.60, 0.54, 0.66, control=Control(0.57, 0.52, 0.62)))
+    'not shown, not clear of the no-model control .57 [.52, .62]'
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy import optimize, stats
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RARE = 5  # fewer expected errors (or hits) than this: the bootstrap is too short and a score interval joins it
 
@@ -31,17 +30,13 @@ class Interval(NamedTuple):
 
 
 class Control(NamedTuple):
-    """AUC and interval of the no-model control of the same split.
-
-    ``rejected``: by its family (:func:`judge_controls`) or, in a single audit, its own interval (:func:`two_sided`).
-    ``clear``: the attack stands clear of it (``metrics.clear_of``); None = not computed: intervals must not overlap.
-    """
+    """AUC and interval of the no-model control of the same split."""
 
     auc: float
     low: float
     high: float
-    rejected: bool = False
-    clear: bool | None = None
+    rejected: bool = False  # by its family (judge_controls) or, in a single audit, its own interval
+    clear: bool | None = None  # the attack stands clear of it (metrics.clear_of); None: intervals must not overlap
 
 
 class Verdict(NamedTuple):
@@ -59,7 +54,7 @@ def decide(auc: float, low: float, high: float, *, control: Control | None = Non
 
     *invalid*: the no-model control is rejected, whatever the attack reaches. *shown*: the lower end is above 0.5 and,
     where the control's own interval leaves 0.5, the attack stands clear of it. *reversed*: the upper end is below 0.5.
-    *not shown*: everything else. Raises ValueError where the three numbers are no interval in [0, 1].
+    *not shown*: everything else.
     """
     if not 0 <= low <= auc <= high <= 1:
         raise ValueError(f"expected 0 <= low <= auc <= high <= 1, got low {low}, auc {auc}, high {high}")
@@ -74,23 +69,15 @@ def decide(auc: float, low: float, high: float, *, control: Control | None = Non
     return Verdict("shown")
 
 
-def two_sided(auc: float, low: float, high: float) -> Control:
-    """Judge the no-model control of a single audit by its own interval: there is no family to share a level with."""
-    return Control(auc, low, high, rejected=leaves_half(low, high))
-
-
 def leaves_half(low: float, high: float) -> bool:
     """Tell whether an interval excludes 0.5."""
     return bool(low > 0.5 or high < 0.5)
 
 
-def say(verdict: Verdict, *, minimum_detectable: float | None = None) -> str:
-    """Say a verdict in the words used everywhere, with what could have been seen where nothing was."""
-    if verdict.because:
-        return f"{verdict}{':' if verdict.verdict == 'invalid' else ','} {verdict.because}"
-    if verdict.verdict == "not shown" and minimum_detectable is not None and np.isfinite(minimum_detectable):
-        return f"not shown; minimum detectable AUC {format_auc(minimum_detectable)}"
-    return str(verdict)
+def say(verdict: Verdict) -> str:
+    """Say a verdict, and why where a control decided."""
+    colon = ":" if verdict.verdict == "invalid" else ","
+    return f"{verdict}{colon} {verdict.because}" if verdict.because else str(verdict)
 
 
 def format_auc(value: float) -> str:
@@ -104,44 +91,31 @@ def format_interval(auc: float, low: float, high: float) -> str:
 
 
 def judge_controls(
-    rows: Mapping[str, Any], level: float = 0.01, *, families: Mapping[str, str] | None = None
+    p_values: Mapping[str, float], level: float = 0.01, *, families: Mapping[str, str] | None = None
 ) -> pd.DataFrame:
     """Judge control rows with Holm's step-down test (Holm 1979), each family at its own level.
 
-    Families: no-model rows (each split once), untrained rows, permuted rows of attacks that train something (the others
-    are 0.5 by construction and would only raise the bar).
-
     Args:
-        rows: control -> its result, or its two-sided p-value against 0.5; None: the control was not run.
+        p_values: control -> its two-sided p-value against 0.5.
         level: chance in (0, 1) that a family of valid controls loses any row.
-        families: control -> family; without it all rows are one family.
+        families: control -> family, such as no-model rows (each split once); None: all are one.
 
     Returns:
-        DataFrame ``control, family, p, p_holm, rejected, rejects_above`` in the order given; ``rejects_above``: the
-        smallest AUC that would have rejected the row were the others valid, NaN where none would or only p is known.
-        Raises ValueError for a level or p outside its range.
+        DataFrame ``control, family, p, p_holm, rejected`` in the order given.
     """
+    import pandas as pd  # audits start without it
+
     if not 0 < level < 1:
         raise ValueError(f"expected level in (0, 1), got {level}")
-    found = {name: getattr(value, "metrics", value) for name, value in rows.items()}
-    table = pd.DataFrame({"control": list(rows), "family": [(families or {}).get(name, "") for name in rows]})
-    table["p"] = [np.nan if x is None else float(getattr(x, "p_value", x)) for x in found.values()]
-    table["p_holm"] = table["rejects_above"] = np.nan
-    for (name, x), p in zip(found.items(), table["p"], strict=True):
-        if x is not None and not 0 <= p <= 1:
-            raise ValueError(f"expected a p-value in [0, 1] for control {name!r} (None = not run), got {p}")
-    for _, part in table[table["p"].notna()].groupby("family", sort=False):
+    if bad := [name for name, p in p_values.items() if p is None or not 0 <= p <= 1]:
+        raise ValueError(f"expected a p-value in [0, 1] for control {bad[0]!r}, got {p_values[bad[0]]}")
+    named = [(name, (families or {}).get(name, ""), float(p)) for name, p in p_values.items()]
+    table = pd.DataFrame(named, columns=["control", "family", "p"]).assign(p_holm=np.nan)
+    for _, part in table.groupby("family", sort=False):
         p, m = part["p"].sort_values(kind="stable"), len(part)
         # Holm: the k-th smallest of m p-values is multiplied by m - k, and never falls below its predecessor
         table.loc[p.index, "p_holm"] = np.minimum(1.0, np.maximum.accumulate(p * (m - np.arange(m))))
-        for i, name in part["control"].items():
-            if hasattr(found[name], "rejects_above"):
-                table.loc[i, "rejects_above"] = found[name].rejects_above(level / m)
-    table["rejected"] = table["p_holm"] <= level
-    return table[["control", "family", "p", "p_holm", "rejected", "rejects_above"]]
-
-
-# --- the interval ----------------------------------------------------------------------------------------------------
+    return table.assign(rejected=table["p_holm"] <= level)
 
 
 class Estimate(NamedTuple):
@@ -162,20 +136,19 @@ def estimate(
     units: Sequence[tuple[int, int]] | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Put an interval around the mean AUC (or difference of AUCs) of S trainings: its ends lie below and above it.
+    """Put an interval around the mean AUC (or difference of AUCs) of S trainings.
 
     One training: percentile bootstrap, half widths times ``widen``. Several: mean +- t(S - 1) sqrt(max(s^2, W) / S +
     max(C, 0)); s: standard deviation of the AUCs, W: their mean variance within a training (widened), C: mean
-    covariance between trainings of resamples that share blocks. C is added to s^2 / S too, which cannot see it (what
-    trainings share does not scatter between them), and is never taken off: a negative one is mostly noise.
+    covariance between trainings of resamples that share blocks: what trainings share does not scatter between them, so
+    s^2 cannot see it. A negative C is mostly noise.
 
     Args:
         per_seed, drawn: (S,) AUCs, and (S, B) those of the resamples.
-        widen: factor on the standard error, per training (:func:`widen_folds`, :func:`widen_blocks`).
+        widen: factor on the standard error, per training.
         shared: whether the resamples of the trainings share their blocks.
         units: members and non-members (images or blocks) per training: where fewer than ``RARE`` errors are expected
-            the score interval joins. None for differences.
-        confidence: level.
+            the score interval joins; None for differences.
     """
     z, tails = stats.norm.ppf((1 + confidence) / 2), [(1 - confidence) / 2, (1 + confidence) / 2]
     parts = []

@@ -6,64 +6,52 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mia_utils import paths
-from mia_utils.protocol import metrics
+from mia_utils.protocol import metrics, resampling
 
 _ARRAYS = ("score", "is_member", "image_ids", "role", "fold", "groups", "threshold")  # saved fields of a Result
 
 
 @dataclass(eq=False)
 class Result:
-    """Scores of one attack (or control) on the images it was never trained on.
-
-    Attributes:
-        attack, control: names; ``control`` is empty for the attack itself.
-        score: (N,) float64, higher = more likely a member.
-        is_member: (N,) bool; for the permuted control its permuted labels.
-        image_ids: (N,) str.
-        role: (N,) str, all ``"report"``.
-        fold: (N,) int, the attacker that scored the image: scores of different attackers never share one ROC. All 0
-            where nothing is trained.
-        groups: (N,) or None, what the bootstrap resamples as a whole.
-        threshold: (N,) float64, ``score >= threshold`` = flagged as member; chosen without the image, on
-            attack-validation images (on all images of known membership where nothing is trained).
-        meta: knowledge, protocol, parameters; ``meta["reason"]`` says why a result is empty.
-        controls: no-model, untrained and permuted beside an attack.
-    """
+    """Scores of one attack (or control) on the images it was never trained on, arrays (N,)."""
 
     attack: str
-    control: str = ""
-    score: np.ndarray = field(default_factory=lambda: np.empty(0))
-    is_member: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    control: str = ""  # empty for the attack itself
+    score: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64, higher = more likely a member
+    is_member: np.ndarray = field(default_factory=lambda: np.empty(0, bool))  # of the permuted control: as permuted
     image_ids: np.ndarray = field(default_factory=lambda: np.empty(0, str))
-    role: np.ndarray = field(default_factory=lambda: np.empty(0, str))
+    role: np.ndarray = field(default_factory=lambda: np.empty(0, str))  # all "report"
+    # the attacker that scored the image: scores of different attackers never share one ROC; 0 if nothing is trained
     fold: np.ndarray = field(default_factory=lambda: np.empty(0, int))
-    groups: np.ndarray | None = None
+    groups: np.ndarray | None = None  # what the bootstrap resamples as a whole
+    # flagged as member at or above; chosen without the image, on attack-validation images (known ones if none is fit)
     threshold: np.ndarray | None = None
-    meta: dict = field(default_factory=dict)
-    controls: dict[str, Result] = field(default_factory=dict)
+    meta: dict = field(default_factory=dict)  # knowledge, protocol, parameters; "reason" says why a result is empty
+    controls: dict[str, Result] = field(default_factory=dict)  # no-model, untrained and permuted beside an attack
+
+    @functools.cached_property
+    def inputs(self) -> list[resampling.Scores]:
+        """Checked scores, all that comparisons and means need of a result; none for an empty one."""
+        if not len(self.score):
+            return []
+        folds = self.fold if len(np.unique(self.fold)) > 1 else None
+        return [resampling.check(self.score, self.is_member, self.threshold, self.groups, folds)]
 
     @functools.cached_property
     def metrics(self) -> metrics.Result | None:
-        """All numbers with their intervals (:func:`mia_utils.protocol.metrics.evaluate`); None for an empty result."""
-        if not len(self.score):
-            return None
-        folds = self.fold if len(np.unique(self.fold)) > 1 else None
-        return metrics.evaluate(self.score, self.is_member, threshold=self.threshold, groups=self.groups, folds=folds)
+        """All numbers with their intervals (:func:`mia_utils.protocol.metrics.combine`); None for an empty result."""
+        return metrics.combine([self]) if self.inputs else None
 
-    def __getattr__(self, name: str):
-        # auc, auc_low, auc_high, p_value, half_width, minimum_detectable: NaN in an empty result
-        if name.startswith("auc") or name in ("p_value", "half_width", "minimum_detectable"):
+    def __getattr__(self, name: str) -> Any:
+        """Read the numbers of ``metrics`` as one's own: NaN in an empty result."""
+        if name in ("auc", "auc_low", "auc_high", "auc_se", "p_value", "minimum_detectable", "tpr_at"):
             return getattr(self.metrics, name) if self.metrics else float("nan")
         raise AttributeError(name)
-
-    @property
-    def tpr_at(self) -> dict:
-        """False-positive rate -> (value, low, high), or None where there are too few non-members."""
-        return self.metrics.tpr_at if self.metrics else {}
 
     def __repr__(self) -> str:
         name = f"{self.attack} {self.control}".strip()
@@ -85,9 +73,8 @@ class Result:
         """Make the result that :meth:`pack` described."""
 
         def read(prefix: str) -> Result:
-            own = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-            own = {key: value for key, value in own.items() if key in (*_ARRAYS, "meta")}
-            return cls(**own | json.loads(str(own["meta"])))
+            own = {key: arrays[prefix + key] for key in _ARRAYS if prefix + key in arrays}
+            return cls(**own | json.loads(str(arrays[f"{prefix}meta"])))
 
         result = read("")
         names = [key.split("/")[1] for key in arrays if key.startswith("control/") and key.endswith("/score")]
@@ -104,4 +91,4 @@ class Result:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no saved scores {path}")
         with np.load(path, allow_pickle=False) as file:
-            return cls.unpack({key: file[key] for key in file.files})
+            return cls.unpack(dict(file))

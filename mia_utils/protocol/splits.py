@@ -1,14 +1,9 @@
-"""Who is a member, who is a non-member, and which of them an attacker may learn from.
-
-``draw`` assigns the images of one pool at random to target and shadow, members and non-members: i.i.d., stratified by
-label, whole groups together, exact duplicates dropped first. ``Split.roles`` then cuts what an attacker knows into
-attack-training, attack-validation and evaluation sets.
-"""
+"""Who is a member, who is a non-member (``draw``), and which of them an attacker may learn from (``Split.roles``)."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,29 +22,18 @@ RULES = ("iid", "official")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
-    """Four disjoint roles of a pool's images; the rest of it measures utility.
-
-    Attributes:
-        target_members, target_nonmembers, shadow_members, shadow_nonmembers: int64 positions in the pool, sorted.
-        utility: int64 positions of all other images: no duplicate of any image and, for pools with groups, no frame
-            of a group that plays a role. May be empty.
-        seed: seed of the draw.
-        pool_name, pool_hash: the pool it was drawn from.
-        strata: (N,) int64 what the draw was stratified by, for every image of the pool.
-        groups: (N,) str groups of the pool, or None.
-        rule: ``iid``, or ``official`` for the flaw of members and non-members from different official splits.
-    """
+    """Four disjoint roles of a pool's images, int64 positions in it, sorted; the rest of it measures utility."""
 
     target_members: np.ndarray
     target_nonmembers: np.ndarray
     shadow_members: np.ndarray
     shadow_nonmembers: np.ndarray
-    utility: np.ndarray
+    utility: np.ndarray  # may be empty: no duplicate of any image, no frame of a group that plays a role
     seed: int
     pool_name: str
     pool_hash: str
-    strata: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    groups: np.ndarray | None = None
+    strata: np.ndarray  # (N,) int64 what the draw was stratified by, for every image of the pool
+    groups: np.ndarray | None = None  # (N,) str of the pool
     rule: str = "iid"
 
     def __repr__(self) -> str:
@@ -72,32 +56,23 @@ class Split:
     def check_pool(self, pool: Pool) -> None:
         """Raise a one-line ``ValueError`` unless this split was drawn from exactly this pool."""
         if pool.hash != self.pool_hash:
-            raise ValueError(
-                f"expected the pool this split was drawn from ({self.pool_name!r}, hash {self.pool_hash}), got "
-                f"{pool.name!r} with hash {pool.hash}: draw the split again"
-            )
+            own, got = f"{self.pool_name!r}, hash {self.pool_hash}", f"{pool.name!r} with hash {pool.hash}"
+            raise ValueError(f"expected the pool this split was drawn from ({own}), got {got}: draw the split again")
 
     def roles(
         self, knowledge: str, *, seed: int | None = None, by_block: bool = True, known_share: float = 1.0
     ) -> Roles:
         """Cut the images into attack-training, attack-validation (20 % of what is known) and evaluation sets.
 
-        In each (label, membership) the counts of two folds differ by at most one image; for pools with groups in each
-        (drive, membership) by about one group. A fold that evaluates one member more of a class then knows one fewer
-        of it, so an attacker who reads only the class would score *below* 0.5 (0.48 with 128 members of 8 classes, 0.4
-        with CamVid's blocks). Therefore the few known images that make a class's share of members differ from the
-        split's are left out; under ``rule="official"`` they stay, the difference is the flaw.
+        In each (label, membership) the counts of two folds differ by at most one image, in each (drive, membership) by
+        about one group.
 
         Args:
             knowledge: ``partial`` (4/5 of the target's images are known and the rest is evaluated, five times:
-                cross-fitting) or ``shadow...`` (the shadow's images are known and all target images evaluated; what
-                follows ``shadow`` does not change the roles).
+                cross-fitting) or ``shadow...`` (the shadow's images are known and all target images evaluated).
             seed: seed of the folds; None: the split's.
             by_block: keep groups together; False: the flaw of single frames, whose near twins train the attacker.
             known_share: share of the known images that the attacker really has, in (0, 1].
-
-        Raises:
-            ValueError: an impossible argument, or a set without members or non-members. One line.
         """
         kind = "partial" if knowledge == "partial" else "shadow"
         if not str(knowledge).startswith(kind):
@@ -131,7 +106,7 @@ class Split:
         folds = []
         for f in range(fold.max() + 1):
             known = np.flatnonzero(fold != f)
-            if kind == "partial" and self.rule == "iid":
+            if kind == "partial" and self.rule == "iid":  # else the difference is the flaw
                 known = balance(known, strata, is_member, target, rng)
             if known_share < 1 and len(known):
                 known = np.sort(draw_images(known, cell, [round(known_share * len(known))], rng)[0])
@@ -142,19 +117,13 @@ class Split:
         return roles
 
     def reference(self, n: int) -> np.ndarray:
-        """Draw the attacker's own images, for reference models and decoders: outside all four roles.
-
-        Smaller draws are contained in larger ones. A one-line ``ValueError`` where fewer than n are left.
-
-        Returns:
-            (n,) int64 positions in the pool, a part of ``utility``.
-        """
+        """Draw n of ``utility`` as the attacker's own images: (n,) int64, the first ones of any larger draw."""
         if _check_int("n", n, least=1) > len(self.utility):
             raise ValueError(f"expected 1 to {len(self.utility)} reference images (those in no role), got {n}")
         return seeds.rng(self.seed, "splits.reference").permutation(self.utility)[:n]
 
     def save(self, path: str | Path) -> None:
-        """Write the split as npz, whole or not at all (a one-line ``ValueError``)."""
+        """Write the split as npz, whole or not at all."""
         arrays = {key: value for key, value in vars(self).items() if value is not None} | {"hash": self.hash}
         paths.write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
 
@@ -167,13 +136,11 @@ class Split:
         try:
             with np.load(path, allow_pickle=False) as file:
                 read: dict[str, Any] = dict(file)
-            for key in (*ROLES, "utility", "strata"):
-                if read[key].ndim != 1 or read[key].dtype != np.int64:
-                    raise ValueError(f"expected {key} int64 (n,)")
+            if any(read[key].ndim != 1 or read[key].dtype != np.int64 for key in (*ROLES, "utility", "strata")):
+                raise ValueError("expected int64 (n,)")
             read |= {key: str(read[key]) for key in ("pool_name", "pool_hash", "rule")} | {"seed": int(read["seed"])}
             stored = str(read.pop("hash"))
-            split = cls(**read)
-            found = split.hash
+            found = (split := cls(**read)).hash
         except Exception as error:  # numpy and zipfile raise a dozen types on damaged files, MemoryError among them
             raise ValueError(f"{path}: not a saved split, or damaged: delete it and draw it again") from error
         if found != stored:
@@ -182,23 +149,17 @@ class Split:
 
 
 def join(pool: Pool, split: Split, other: Pool, other_split: Split) -> tuple[Pool, Split]:
-    """Join a target's images with a shadow's from another data set, for an attacker who does not know the first.
-
-    Args:
-        pool, split: of the target; its target roles are kept, its shadow roles dropped.
-        other, other_split: of the shadow; its shadow roles are kept. Ids get the other pool's name in front.
+    """Join the target's images of one split with the shadow's of another, for an attacker who does not know the first.
 
     Returns:
-        pool of the images in use, split of it (without utility images). Images of different sizes, or a split of
-        another pool, are a one-line ``ValueError``.
+        pool of the images in use (ids, classes and groups of ``other`` get its name in front), and a split of it
+        without utility images. Images of different sizes are a one-line ``ValueError``.
     """
     split.check_pool(pool)
     other_split.check_pool(other)
     if pool.images.shape[1:] != other.images.shape[1:]:
-        raise ValueError(
-            f"expected both data sets with images of one size, got {pool.name!r} {pool.images.shape[1:3]} and "
-            f"{other.name!r} {other.images.shape[1:3]}: load one of them at the other's size"
-        )
+        sizes = " and ".join(f"{p.name!r} {p.images.shape[1:3]}" for p in (pool, other))
+        raise ValueError(f"expected images of one size, got {sizes}: load one data set at the other's size")
     parts = [getattr(split, role) for role in ROLES[:2]] + [getattr(other_split, role) for role in ROLES[2:]]
     mine, theirs = np.concatenate(parts[:2]), np.concatenate(parts[2:])
 
@@ -235,38 +196,30 @@ def draw(
     seed: int = 0,
     rule: str = "iid",
 ) -> Split:
-    """Assign the images of a pool at random to the roles of an experiment.
+    """Assign the images of a pool at random to the roles of an experiment; of exact duplicates only the first has one.
 
-    Of exact duplicates only the first takes part. Without groups every role has of each label exactly its proportion of
-    the pool, rounded down or up, each image as likely as any other of its label. Whole groups are stratified by drive
-    (the text before ``/``; without one by their most frequent label); frames beyond a role's size play none.
+    Every role has of each label exactly its proportion of the pool, rounded down or up, each image as likely as any
+    other of its label. Groups stay whole, stratified by drive (the text before ``/``; without one by their most
+    frequent label); frames beyond a role's size play none.
 
     Args:
-        pool: the pool; the draw does not depend on the order of its images.
-        n_members: images that train the target.
+        pool: the images, in any order.
+        n_members, n_shadow_members: images that train the target, the shadow (None: as many as the target).
         n_nonmembers: non-members of the target. They cost no training: at least 1,000 make an estimate sharp.
-        n_shadow_members: images that train the shadow; None: as many as ``n_members``.
         n_shadow_nonmembers: non-members of the shadow; None: twice ``n_members``, or as many as are left.
         seed: seed of the draw.
         rule: ``iid``: all roles from the whole pool. ``official``: members from the official train split, non-members
             from the test (or else val) split, as in much published code. A flaw, for comparison only: the two differ
             in more than membership, so an attacker may succeed without the model.
-
-    Raises:
-        ValueError: fewer images than the roles need, or an impossible argument. One line.
     """
     if not isinstance(pool, Pool):
         raise ValueError(f"expected a Pool, such as datasets.load returns, got {type(pool).__name__}")
     if rule not in RULES:
         raise ValueError(f"expected rule to be one of {', '.join(RULES)}, got {rule!r}")
-    sizes = {
-        "n_members": n_members,
-        "n_nonmembers": n_nonmembers,
-        "n_shadow_members": n_members if n_shadow_members is None else n_shadow_members,
-        "n_shadow_nonmembers": 0 if n_shadow_nonmembers is None else n_shadow_nonmembers,
-    }
-    names = list(sizes)
-    sizes = {name: _check_int(name, n, least=int("shadow" not in name)) for name, n in sizes.items()}
+    names = ("n_members", "n_nonmembers", "n_shadow_members", "n_shadow_nonmembers")
+    n_shadow_members = n_members if n_shadow_members is None else n_shadow_members
+    given = (n_members, n_nonmembers, n_shadow_members, 0 if n_shadow_nonmembers is None else n_shadow_nonmembers)
+    sizes = {name: _check_int(name, n, least=least) for name, n, least in zip(names, given, (1, 1, 0, 0), strict=True)}
     seed = _check_int("seed", seed)
 
     unique = _find_unique(pool.images)
@@ -289,10 +242,8 @@ def draw(
             terms = " + ".join(f"{key} {sizes[key]}" for key in keys)
             kind = "" if where == "all" else f" in its official {where} split"
             dropped = f" after {(~unique).sum()} exact duplicates were dropped" if not unique.all() else ""
-            raise ValueError(
-                f"the split needs {sum(wanted)} images ({terms}) but {pool.name!r} has {len(candidates)}{kind}"
-                f"{dropped}: ask for fewer"
-            )
+            needs, has = f"{sum(wanted)} images ({terms})", f"{pool.name!r} has {len(candidates)}{kind}{dropped}"
+            raise ValueError(f"the split needs {needs} but {has}: ask for fewer")
         rng = seeds.rng(seed, "splits.draw", where)
         if pool.groups is None:
             parts = draw_images(candidates, strata, wanted, rng)
@@ -323,7 +274,7 @@ def _find_unique(images: np.ndarray) -> np.ndarray:
 
 
 def _make_strata(pool: Pool) -> np.ndarray:
-    """Return what the draw is stratified by. -> (N,) int64"""
+    """What the draw is stratified by: (N,) int64."""
     if pool.groups is None:
         return pool.labels.astype(np.int64)
     drives = [group.rpartition("/")[0] for group in pool.groups.tolist()]
@@ -336,7 +287,7 @@ def _make_strata(pool: Pool) -> np.ndarray:
 
 
 def _find_official(pool: Pool, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the official train split and of test, or else val."""
+    """Positions of the official train split and of test, or else val."""
     if pool.official_split is None:
         raise ValueError(f"rule 'official' needs an official_split, {pool.name!r} has none: use rule='iid'")
     official = pool.official_split[ordered]
@@ -346,8 +297,6 @@ def _find_official(pool: Pool, ordered: np.ndarray) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"rule 'official' needs the splits train and test (or val), {pool.name!r} has {found}")
     sides = ordered[official == "train"], ordered[official == test]
     if pool.groups is not None and len(cut := np.intersect1d(*(pool.groups[side] for side in sides))):
-        raise ValueError(
-            f"rule 'official': group {str(cut[0])!r} of {pool.name!r} has images in train and {test}: make it two "
-            "groups, as camvid@official does"
-        )
+        where = f"group {str(cut[0])!r} of {pool.name!r} has images in train and {test}"
+        raise ValueError(f"rule 'official': {where}: make it two groups, as camvid@official does")
     return sides

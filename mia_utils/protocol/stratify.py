@@ -6,24 +6,17 @@ import numpy as np
 
 
 def gather(names: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the positions of every name. (n,) str -> {name, sorted: (k,) int64 ascending}"""
+    """Positions of every name: (n,) str -> {name, sorted: (k,) int64 ascending}."""
     values, inverse, counts = np.unique(names, return_inverse=True, return_counts=True)
     parts = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
     return dict(zip(values.tolist(), parts, strict=True))
 
 
 def round_table(sizes: list[int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Round the table size x count / total to integers at random, keeping margins and expectation.
+    """Round sizes (R) x counts (C,) / total at random to int64 (R, C), keeping margins and expectation.
 
     Source: dependent rounding (Gandhi et al., J. ACM 2006): along a cycle of fractional entries add and subtract
     alternately until one is whole. Integers throughout, so nothing hangs on floating point.
-
-    Args:
-        sizes: R row sums; their sum is the sum of ``counts``.
-        counts: (C,) column sums.
-
-    Returns:
-        (R, C) int64, every entry the floor or the ceiling of its proportion.
     """
     total = int(np.sum(counts))
     table, rest = np.divmod(np.outer(np.asarray(sizes, np.int64), counts), total)  # entry = table + rest / total
@@ -61,15 +54,12 @@ def round_table(sizes: list[int], counts: np.ndarray, rng: np.random.Generator) 
 def draw_images(
     candidates: np.ndarray, strata: np.ndarray, sizes: list[int], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Assign single images so that each role has of each stratum its proportion, rounded down or up.
+    """Assign candidates (n,) to roles so that each has of each stratum its proportion, rounded down or up.
 
     Args:
-        candidates: (n,) int64 positions in the pool.
+        candidates: int64 positions in the pool; so are the arrays returned, one per role.
         strata: (N,) int64 of the whole pool.
         sizes: images per role, at most n in all.
-
-    Returns:
-        positions in the pool, one array per role.
     """
     values, counts = np.unique(strata[candidates], return_counts=True)
     table = round_table([*sizes, len(candidates) - sum(sizes)], counts, rng)
@@ -81,26 +71,13 @@ def draw_images(
 
 
 def draw_groups(
-    candidates: np.ndarray,
-    strata: np.ndarray,
-    groups: np.ndarray,
-    sizes: list[int],
-    rng: np.random.Generator,
-    *,
-    capped: bool,
-) -> list[np.ndarray]:
+    candidates: np.ndarray, strata: np.ndarray, groups: np.ndarray, sizes: list[int], rng: np.random.Generator,
+    *, capped: bool,
+) -> list[np.ndarray]:  # fmt: skip
     """Assign whole groups, in proportion within each drive; a role drops the last frames of some of its groups.
 
-    Args:
-        candidates, sizes: as in ``draw_images``.
-        strata, groups: (N,) int64 drive and str group of the whole pool.
-        capped: where groups do not add up to the last size, it shrinks, down to half.
-
-    Returns:
-        positions in the pool, one array per role.
-
-    Raises:
-        ValueError: groups that do not add up to the sizes in 20 attempts. One line.
+    ``capped``: where groups do not add up to the last size, it shrinks, down to half; the rest as in ``draw_images``.
+    Sizes that they do not add up to in 20 attempts are a one-line ``ValueError``.
     """
     frames = {group: candidates[here] for group, here in gather(groups[candidates]).items()}
     longest = max(map(len, frames.values()))
@@ -110,16 +87,14 @@ def draw_groups(
         for _ in range(20):
             if assigned := _assign_groups(frames, strata, sizes, rng):
                 return [_trim(part, frames, size, rng) for part, size in zip(assigned, sizes, strict=True)]
-    raise ValueError(
-        f"the split needs {' + '.join(map(str, sizes))} images in whole groups, the pool has {len(candidates)} in "
-        f"{len(frames)} groups of up to {longest}, which do not add up to that: ask for fewer"
-    )
+    needs, has = " + ".join(map(str, sizes)), f"{len(candidates)} in {len(frames)} groups of up to {longest}"
+    raise ValueError(f"the split needs {needs} images in whole groups, the pool has {has}: ask for fewer")
 
 
 def _assign_groups(
     frames: dict[str, np.ndarray], strata: np.ndarray, sizes: list[int], rng: np.random.Generator
 ) -> list[list[str]] | None:
-    """Try one assignment of whole groups. -> group names per role, each with at least its size; None: no success"""
+    """Try one assignment: group names per role, each with at least its size of images; None: no success."""
     weight = {group: len(positions) for group, positions in frames.items()}
     drive = {group: int(strata[positions[0]]) for group, positions in frames.items()}
     total = sum(weight.values())
