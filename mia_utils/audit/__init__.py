@@ -1,11 +1,8 @@
 """Was this model trained on these images? An audit of any encoder or segmenter with two folders of images.
 
-``mia-audit MODEL SUSPECTED_FOLDER REFERENCE_FOLDER``, or ``audit.run(model, suspected, reference)``
-
-The suspected images are compared with reference images that were surely not used and are otherwise alike (same source,
-period, camera and preparation). Published audits compared images of different origin, and then an attacker who never
-queries the model does as well (Das, Zhang, Tramer, arXiv 2406.16201). So the gates come first: where files, copies or
-pixels tell the two sets apart, the audit is invalid, whatever the attacks say.
+``mia-audit MODEL SUSPECTED REFERENCE``, or ``audit.run(model, suspected, reference)``. Reference images were surely not
+used and are otherwise alike (source, period, camera, preparation). Where files, copies or pixels tell the two sets
+apart, an attacker who never queries the model does as well (arXiv 2406.16201): then the audit is invalid.
 """
 
 import importlib

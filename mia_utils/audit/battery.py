@@ -1,16 +1,16 @@
 """The attacks of an audit, and one p-value for all of them.
 
-An audit that tries many attacks and reports the best one finds leaks everywhere. So the p-value is that of the
-*maximum*: sides are assigned anew at random, every attack is run again on every assignment, and the largest
-standardized AUC is compared (Westfall and Young 1993). That is exact whatever the attacks are and however they depend
-on each other, as long as suspected and reference images are exchangeable where nothing leaks.
-
-Attackers that train have to be trained again for every assignment. Networks would take hours; kernel ridge regression
-is linear in the labels, so 10,000 trainings are one matrix product.
+An audit that tries many attacks and reports the best finds leaks everywhere. So the p-value is that of the *maximum*:
+sides are assigned anew at random, every attack runs again on every assignment, and the largest standardized AUC is
+compared (Westfall and Young 1993). It is exact whatever the attacks are, given two things: suspected and reference
+images are exchangeable where nothing leaks, and what an image scores depends on its pixels alone, never on its side,
+name or place. Attackers that train are trained anew for every assignment; kernel ridge regression is linear in the
+labels, so 10,000 trainings are one matrix product.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 from torch.nn import functional as F
 
-from mia_utils import attacks, seeds
+from mia_utils import seeds
 from mia_utils.attacks.registry import find_missing, get_attack, split_params
 from mia_utils.models import views
 
@@ -32,11 +32,19 @@ RIDGE = 1.0
 POWER = float(stats.norm.ppf(0.8))
 GRID = (12, 16)  # loss maps are averaged to this many cells before a kernel sees them
 AUGMENTATIONS = ("crop-weak", "crop", "simclr")  # of queries; how the model was trained is rarely known
+ENCODER = ("lpla", "token-spread", "mim", "encodermi-t", "partcrop")
+SEGMENTER = ("seg-global-loss", "seg-label-only", "seg-loss-map")
+CROPS = 32  # of PartCrop in the battery, a quarter of the paper's: it has half a minute
+
+
+def name_by_pixels(images: np.ndarray) -> list[str]:
+    """Names that key the random views of images (N, H, W, 3): no draw knows a file name or a side."""
+    return [hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).hexdigest() for image in images]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attack as it is tried: its label in the report, the model it queries and its parameters."""
+    """One attack as it is tried: the model it queries, and its parameters."""
 
     attack: str
     model: Any = field(repr=False)
@@ -47,48 +55,45 @@ class Attempt:
         """For example ``"encodermi-t, augmentation crop"``."""
         return ", ".join([self.attack, *(f"{key} {value}" for key, value in self.params.items() if key != "n_crops")])
 
-    @property
-    def fitted(self) -> bool:
-        """Whether an attacker is trained on features."""
-        return get_attack(self.attack).fitted
-
     def query(self, pool, seed: int) -> np.ndarray:
-        """Query the model about all images: scores (N,), higher = more likely a member, or features (N, F)."""
+        """Query the model about all images: scores (N,), higher = more likely a member, or features (N, F) to fit."""
         attack = get_attack(self.attack)
         call, _ = split_params(attack, self.params)
         call |= {"masks": pool.masks} if "labels" in attack.needs else {}
-        x = attack.extract(self.model, pool.images, image_ids=pool.image_ids, seed=seed, **call)
+        x = attack.extract(self.model, pool.images, image_ids=name_by_pixels(pool.images), seed=seed, **call)
         x = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
         if not np.isfinite(x).all():
             raise ValueError(f"{self.label}: the model gave values that are not finite")
-        return _arrange(self.attack, x) if self.fitted else np.asarray(attack.score(x), np.float64)
+        return _arrange(self.attack, x) if attack.fitted else np.asarray(attack.score(x), np.float64)
+
+
+def _arrange(name: str, x: np.ndarray) -> np.ndarray:
+    """Features (N, ...) as a kernel compares them: crops and views have no order, loss maps too many pixels."""
+    if x.ndim == 4:
+        maps = torch.from_numpy(x.astype(np.float32))
+        grid = [min(a, b) for a, b in zip(maps.shape[2:], GRID, strict=True)]
+        return F.adaptive_avg_pool2d(maps, grid).flatten(1).numpy()
+    if name.startswith("partcrop"):
+        return np.concatenate([np.sort(part, axis=1) for part in np.split(x, 2, axis=1)], axis=1)
+    return np.sort(x, axis=1) if name.startswith("encodermi") else x
 
 
 def choose(
-    model: Any, decoder: Any, pool, *, names: Sequence[str] = (), augmentations: Sequence[str] = (),
-    settings: Mapping[str, Any] | None = None, n_units: int,
+    model: Any, decoder: Any, pool, *, names: Sequence[str], augmentations: Sequence[str], settings: Mapping[str, Any],
+    n_units: int,
 ) -> tuple[list[Attempt], list[str]]:  # fmt: skip
-    """Choose what is tried.
+    """Choose what is tried; returns it, the cheapest first, and lines that say what is not and why.
 
     Args:
         model, decoder: encoder or segmenter, and the autoencoder that goes with it or None.
         pool: the images (masks decide about segmentation attacks).
         names: attacks; empty: the battery.
-        augmentations: of the queries of EncoderMI, the model's own first.
+        augmentations: of the queries of EncoderMI.
         settings: parameters; each goes to the attacks that take it.
         n_units: independent units of the smaller side.
-
-    Returns:
-        What is tried, the cheapest first, and lines that say what is not and why.
     """
-    settings, skipped, made = dict(settings or {}), [], []
-    if names:
-        wanted = list(names)
-    elif "posteriors" in getattr(model, "offers", ()):
-        wanted = ["seg-global-loss", "seg-label-only", "seg-loss-map"]
-    else:
-        wanted = ["lpla", "token-spread", "mim", "encodermi-t", "partcrop"]
-    used = set()
+    skipped, made, used = [], [], set()
+    wanted = names or (SEGMENTER if "posteriors" in getattr(model, "offers", ()) else ENCODER)
     for name in wanted:
         attack = get_attack(name)
         queried = decoder if "reconstruct" in attack.needs and decoder is not None else model
@@ -107,8 +112,8 @@ def choose(
         takes = {key: value for key, value in settings.items() if _takes(attack, key)}
         used |= set(takes)
         if name == "partcrop" and not names:
-            takes.setdefault("n_crops", 32)  # a quarter of the paper's: the battery has half a minute
-        swept = dict.fromkeys(augmentations) if _takes(attack, "augmentation") and "augmentation" not in takes else ()
+            takes.setdefault("n_crops", CROPS)
+        swept = augmentations if _takes(attack, "augmentation") and "augmentation" not in takes else ()
         made += [Attempt(name, queried, takes | {"augmentation": a}) for a in swept] or [Attempt(name, queried, takes)]
     if unknown := sorted(set(settings) - used):
         raise ValueError(f"none of {', '.join(wanted)} takes a parameter {unknown[0]!r}")
@@ -117,28 +122,25 @@ def choose(
     return made, skipped
 
 
-def _takes(attack: attacks.Attack, key: str) -> bool:
+def _takes(attack: Any, key: str) -> bool:
     try:
         return key in split_params(attack, {key: None})[0]
     except ValueError:
         return False
 
 
-def _arrange(name: str, x: np.ndarray) -> np.ndarray:
-    """Features (N, ...) as a kernel compares them: crops and views have no order, loss maps too many pixels."""
-    if x.ndim == 4:
-        maps = torch.from_numpy(x.astype(np.float32))
-        grid = [min(a, b) for a, b in zip(maps.shape[2:], GRID, strict=True)]
-        return F.adaptive_avg_pool2d(maps, grid).flatten(1).numpy()
-    if name.startswith("partcrop"):
-        return np.concatenate([np.sort(part, axis=1) for part in np.split(x, 2, axis=1)], axis=1)
-    return np.sort(x, axis=1) if name.startswith("encodermi") else x
+def order_augmentations(own: str | None, given: Sequence[str]) -> list[str]:
+    """Query augmentations to try: those given, else that of the training and the usual ones; names are checked."""
+    names = list(dict.fromkeys(given or [*([own] if own not in (None, "", "none") else []), *AUGMENTATIONS]))
+    for name in names:
+        views.parse_augmentation(name)
+    return names
 
 
-def measure_seconds(attempt: Attempt, pool, n: int = 8) -> float:
-    """Estimate the seconds that an attempt takes, from n images."""
-    few = pool.take(np.arange(min(n, len(pool))))
-    attempt.query(few, 0)  # a first call pays for tables and kernels
+def measure_seconds(attempt: Attempt, pool, n: int = 4) -> float:
+    """Estimate the seconds that an attempt takes, from n images (after a first call, which pays for tables)."""
+    few = pool.take(np.linspace(0, len(pool) - 1, min(n, len(pool))).astype(int))
+    attempt.query(few.take(np.arange(1)), 0)
     start = time.perf_counter()
     attempt.query(few, 0)
     return (time.perf_counter() - start) * len(pool) / len(few)
@@ -148,20 +150,22 @@ def measure_seconds(attempt: Attempt, pool, n: int = 8) -> float:
 
 
 class Found(NamedTuple):
-    """What a search over K attacks found: the arrays are (K,), in the order of the attacks.
+    """What a search over K attacks found; arrays are (K,), in the order of the attacks.
 
-    auc: of the labels as they are; sd: its standard deviation under permuted labels; z: standardized; p_single: p of
-    each attack alone; p: of the largest z of all; p_reversed: of the smallest; detectable: AUC of each that is seen
-    with 80 % power at the level asked, after the correction for the search.
+    auc: of the sides as they are; z: standardized by the AUCs of random sides; p_single: two-sided p of each attack
+    alone; p: of the largest abs(z) of all; detectable: AUC of each that is seen with 80 % power at the level asked.
     """
 
     auc: np.ndarray
-    sd: np.ndarray
     z: np.ndarray
     p_single: np.ndarray
     p: float
-    p_reversed: float
     detectable: np.ndarray
+
+    @property
+    def strongest(self) -> int:
+        """Position of the attack that stands out most, on either side."""
+        return int(np.argmax(np.abs(self.z)))
 
 
 def assign_folds(is_member: np.ndarray, units: np.ndarray, seed: int) -> np.ndarray:
@@ -201,9 +205,9 @@ def score_fitted(smoother: np.ndarray, is_member: np.ndarray) -> np.ndarray:
 
 def search(
     entries: Mapping[str, np.ndarray], is_member: np.ndarray, units: np.ndarray, fold: np.ndarray, *, seed: int,
-    level: float = 0.01, two_sided: bool = False,
+    level: float = 0.01,
 ) -> Found:  # fmt: skip
-    """Compare the largest standardized AUC of all attacks with that of permuted sides.
+    """Compare the largest standardized AUC of all attacks, on either side of its mean, with that of random sides.
 
     Args:
         entries: label -> scores (N,), or the smoother (N, N) of an attacker that is trained anew for every assignment.
@@ -211,29 +215,27 @@ def search(
         units: (N,) what is independent: the image or its group.
         fold: (N,) of :func:`assign_folds`; sides are permuted within folds, so that the folds stay balanced.
         seed, level: of the stream; for ``detectable``.
-        two_sided: large means far from the mean on either side (gates).
     """
-    fixed = np.array([x for x in entries.values() if x.ndim == 1]).reshape(-1, len(is_member))
-    ranks, smoothers = stats.rankdata(fixed, axis=1), [x for x in entries.values() if x.ndim == 2]
+    ranks = {label: stats.rankdata(x) for label, x in entries.items() if x.ndim == 1}
     parts = []
     for side in _draw_sides(is_member, units, fold, seed):
-        m = side.sum(axis=1)
-        auc = [(side @ r - m * (m + 1) / 2) / (m * (side.shape[1] - m)) for r in ranks]
-        score = [(side - m[:, None] / side.shape[1]) @ h.T for h in smoothers]
-        parts.append(np.stack(auc + [_average_folds(s, side, fold) for s in score], axis=1))
+        m, n = side.sum(axis=1), side.shape[1]
+        centered = side - m[:, None] / n
+        auc = [
+            (side @ ranks[label] - m * (m + 1) / 2) / (m * (n - m))
+            if label in ranks
+            else _average_folds(centered @ x.T, side, fold)
+            for label, x in entries.items()
+        ]
+        parts.append(np.stack(auc, axis=1))
     auc = np.concatenate(parts)  # (B + 1, K), the observed assignment first
-    order = np.argsort(np.argsort([x.ndim == 2 for x in entries.values()], kind="stable"))
-    auc = auc[:, order]
     mean, sd = auc.mean(axis=0), np.maximum(auc.std(axis=0), 1e-9)  # over all, the observed one included: exact
     z = (auc - mean) / sd
-    z = np.abs(z) if two_sided else z
-    # rounding must not tell equal statistics apart
-    high, low, tiny = z.max(axis=1), -z.min(axis=1), 1e-6
-    critical = float(np.quantile(high, 1 - level))
-    return Found(
-        auc=auc[0], sd=sd, z=z[0], p_single=(z >= z[0] - tiny).mean(axis=0), p=float((high >= high[0] - tiny).mean()),
-        p_reversed=float((low >= low[0] - tiny).mean()), detectable=np.minimum(mean + (critical + POWER) * sd, 1.0),
-    )  # fmt: skip
+    far = np.abs(z).max(axis=1)
+    tiny = 1e-6  # rounding must not tell equal statistics apart
+    alone = (np.abs(z) >= np.abs(z[0]) - tiny).mean(axis=0)
+    detectable = np.minimum(mean + (np.quantile(far, 1 - level) + POWER) * sd, 1.0)
+    return Found(auc[0], z[0], alone, float((far >= far[0] - tiny).mean()), detectable)
 
 
 def _draw_sides(is_member: np.ndarray, units: np.ndarray, fold: np.ndarray, seed: int) -> Iterator[np.ndarray]:
@@ -241,9 +243,8 @@ def _draw_sides(is_member: np.ndarray, units: np.ndarray, fold: np.ndarray, seed
     _, first, unit = np.unique(units, return_index=True, return_inverse=True)
     rng, left = seeds.rng(seed, "audit.sides"), N_PERMUTATIONS
     yield is_member[None].astype(np.float64)
-    chunk = max(1, int(2e7 / len(is_member)))
     while left:
-        side = np.empty((min(chunk, left), len(first)))
+        side = np.empty((min(left, max(1, int(2e7 / len(is_member)))), len(first)))
         for f in np.unique(fold):
             here = np.flatnonzero(fold[first] == f)
             order = rng.random((len(side), len(here))).argsort(axis=1)
@@ -257,15 +258,6 @@ def _average_folds(score: np.ndarray, side: np.ndarray, fold: np.ndarray) -> np.
     total, folds = 0.0, np.unique(fold)
     for f in folds:
         s, y = score[:, fold == f], side[:, fold == f]
-        m = y.sum(axis=1)
-        rank = stats.rankdata(s, axis=1)
+        m, rank = y.sum(axis=1), stats.rankdata(s, axis=1)
         total = total + ((rank * y).sum(axis=1) - m * (m + 1) / 2) / (m * (y.shape[1] - m))
     return total / len(folds)
-
-
-def order_augmentations(own: str | None, given: Sequence[str]) -> list[str]:
-    """Query augmentations to try: those given, else that of the training, then the usual ones; names are checked."""
-    names = list(given) or list(dict.fromkeys([*([own] if own not in (None, "", "none") else []), *AUGMENTATIONS]))
-    for name in names:
-        views.parse_augmentation(name)
-    return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mia_utils import attacks, datasets
+from mia_utils import datasets
+from mia_utils.attacks import fingerprint
+from mia_utils.attacks.registry import get_attack
 from mia_utils.audit import battery, gates
 from mia_utils.audit.record import SHOWN, Report, describe_run
-from mia_utils.datasets import folders, pairs
+from mia_utils.datasets import VOID, folders, pairs
 from mia_utils.models import encoders, segmenters
 from mia_utils.models.checkpoints import READ, read_safetensors
 from mia_utils.models.speed import use_fast_products
 from mia_utils.protocol import metrics
+from mia_utils.protocol.intervals import leaves_half
 from mia_utils.protocol.result import Result
-from mia_utils.runner import train
 
 FEWEST = 10  # independent images a side
+LEAST_GAIN = 0.1  # mIoU of a segmenter above that of one class everywhere; with less it hardly works on these images
 Source = datasets.Pool | np.ndarray | str | Path
 
 
@@ -46,11 +49,11 @@ class Subject:
 
     def make_untrained(self, attempt: battery.Attempt) -> Any:
         """Make what the attempt queries, with fresh weights; None where that is not known how."""
-        if attempt.model is not self.model:
-            return self.fresh_decoder
-        if self.task == "encoder":
-            return encoders.make_untrained(self.model) if isinstance(self.model, encoders.Encoder) else None
         m = self.model
+        if attempt.model is not m:
+            return self.fresh_decoder
+        if isinstance(m, encoders.Encoder):
+            return encoders.make_untrained(m)
         if getattr(m, "method", None) not in segmenters.ARCHS:
             return None
         return segmenters.make(m.method, m.n_classes, encoder=m.arch, **m.options).to(m.device)
@@ -76,6 +79,8 @@ def open_subject(model: Any, *, task: str = "auto", device: str | None = None, *
         encoder = encoders.open(model, **options)
         subject = Subject(encoder, facts=dict(encoder.facts))
         if (path / "meta.json").is_file() and not options:  # an artifact of ours: its decoder and its augmentation too
+            from mia_utils.runner import train  # only the book makes artifacts; its packages take seconds
+
             run = train.load_run(path)
             subject.decoder, subject.augmentation = run.decoder, run.settings.get("augmentation")
             subject.fresh_decoder = run.autoencoder_at(0) if 0 in run.checkpoints else None
@@ -84,6 +89,8 @@ def open_subject(model: Any, *, task: str = "auto", device: str | None = None, *
     for part in (subject.model, subject.decoder, subject.fresh_decoder):
         if part is not None and device != "cpu":
             part.to(device)
+    if (module := getattr(subject.model, "module", None)) is not None:
+        module.to(memory_format=torch.channels_last)  # convolutions take two thirds of the time
     return subject
 
 
@@ -108,12 +115,12 @@ def _call(path: Path, name: str) -> Any:
 # ------------------------------------------------------------------------------------------------------ images
 
 
-def _read(source: Source, size: tuple[int, int] | None, name: str, groups: str | None, task: str):
+def _read(source: Source, name: str, size: tuple[int, int] | None, groups: str | None, task: str, void: int | None):
     """One set as a Pool, and its files where it is a folder."""
-    files = None
+    files = []
     if isinstance(source, (str, Path)):
         folder = Path(str(source).removeprefix("folder:")).expanduser()
-        pool = datasets.load(f"folder:{folder}", size=size)
+        pool = datasets.load(f"folder:{folder}", size=size, **({} if void is None else {"void": void}))
         pool = replace(pool, name=pool.name.removeprefix("folder:"))
         at = folder / "images" if pairs.is_pairs(folder) else folder
         files = [at / image_id for image_id in pool.image_ids.tolist()]
@@ -133,9 +140,7 @@ def _read(source: Source, size: tuple[int, int] | None, name: str, groups: str |
         if size is not None and images.shape[1:3] != size:
             images = np.stack([np.asarray(folders.cover(Image.fromarray(image), size)) for image in images])
         pool = datasets.Pool(pool.name, images, labels, pool.image_ids, None, ("all",), groups=pool.groups)
-    if groups:
-        pool = replace(pool, groups=_read_groups(pool.image_ids, groups))
-    return pool, files
+    return (replace(pool, groups=_read_groups(pool.image_ids, groups)) if groups else pool), files
 
 
 def _read_groups(image_ids: np.ndarray, rule: str) -> np.ndarray:
@@ -152,88 +157,118 @@ def _read_groups(image_ids: np.ndarray, rule: str) -> np.ndarray:
     return np.array([match[0] for match in found])
 
 
+def _join(mine: datasets.Pool, other: datasets.Pool) -> tuple[datasets.Pool, np.ndarray]:
+    pool, is_member = datasets.join_pools(mine, other)
+    side = np.where(is_member, "suspected/", "reference/")
+    named = {key: x for key in ("image_ids", "groups") if (x := getattr(pool, key)) is not None}
+    named = {key: np.strings.add(side, [name.partition("/")[2] for name in x.tolist()]) for key, x in named.items()}
+    return replace(pool, **named), is_member
+
+
 @dataclass
 class Plan:
-    """What an audit will do: model, images, attempts and the seconds they take (NaN: not measured)."""
+    """What an audit will do: model, images, attempts and the seconds they take (empty: not measured)."""
 
     subject: Subject
     pool: datasets.Pool
     is_member: np.ndarray
     names: tuple[str, str]
     files: list
-    attempts: list[battery.Attempt]
-    seconds: list[float]
-    not_tried: list[str]
-    notes: list[str]
     across: list
     n_dropped: int
+    attempts: list[battery.Attempt] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    not_tried: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    doubt: str = ""
 
     @property
     def units(self) -> np.ndarray:
         """What is independent: the group, else the image."""
         return self.pool.image_ids if self.pool.groups is None else self.pool.groups
 
+    @property
+    def estimate(self) -> str:
+        """How long the attempts take, as one line."""
+        parts = [f"{a.label} {format_time(s)}" for a, s in zip(self.attempts, self.seconds, strict=True)]
+        return f"in all about {format_time(sum(self.seconds))}: {'; '.join(parts)}"
+
     def __str__(self) -> str:
         m, facts = int(self.is_member.sum()), self.subject.facts
         lines = [f"{fact}: {value} ({source})" for fact, (value, source) in facts.items()]
         lines.append(f"images: {m} suspected ({self.names[0]}), {len(self.is_member) - m} reference ({self.names[1]})")
-        pairs_ = zip(self.attempts, self.seconds, strict=True)
-        lines += [f"would try {attempt.label}: about {seconds / 60:.1f} min" for attempt, seconds in pairs_]
-        total = f"in all about {sum(self.seconds) / 60:.1f} min"
-        return "\n".join([*lines, *(f"not tried: {line}" for line in self.not_tried), *self.notes, total])
+        lines += [f"not tried: {line}" for line in self.not_tried] + self.notes
+        return "\n".join([*lines, f"would take {self.estimate}"])
+
+
+def format_time(seconds: float) -> str:
+    """``"40 s"`` or ``"4.1 min"``."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def plan(
     model: Any, suspected: Source, reference: Source, *, attack: Sequence[str] | str = (),
     augmentation: Sequence[str] = (), settings: Mapping[str, Any] | None = None, groups: str | None = None,
-    size: int | tuple[int, int] | None = None, budget: float | None = None, measure: bool = False, task: str = "auto",
-    device: str | None = None, **options: Any,
+    size: int | tuple[int, int] | None = None, void: int | None = None, budget: float | None = None, measure: bool = False,
+    task: str = "auto", device: str | None = None, **options: Any,
 ) -> Plan:  # fmt: skip
-    """Open everything and choose what is tried; arguments as in :func:`run`, ``measure``: time it on 8 images."""
+    """Open everything and choose what is tried; arguments as in :func:`run`, ``measure``: time it on a few images."""
     names = [attack] if isinstance(attack, str) else list(attack)
     for name in names:
-        attacks.registry.get_attack(name)
+        get_attack(name)
     subject = open_subject(model, task=task, device=device, **options)
     shape = (size, size) if isinstance(size, int) else size
-    shape = shape or (subject.model.shape if subject.task == "encoder" and hasattr(subject.model, "shape") else None)
-    sets = ("suspected", suspected), ("reference", reference)
-    (mine, files), (other, other_files) = (_read(s, shape, name, groups, subject.task) for name, s in sets)
-    pool, is_member = datasets.join_pools(mine, other)
-    renamed = {"image_ids": pool.image_ids, "groups": pool.groups}
-    for key, value in renamed.items():
-        if value is not None:
-            side = np.where(is_member, "suspected/", "reference/")  # the streams of an audit have these names
-            renamed[key] = np.strings.add(side, np.array([x.partition("/")[2] for x in value.tolist()]))
-    pool = replace(pool, **renamed)
+    shape = shape or (getattr(subject.model, "shape", None) if subject.task == "encoder" else None)
+    sets = {"suspected": suspected, "reference": reference}
+    (mine, files), (other, other_files) = (_read(s, n, shape, groups, subject.task, void) for n, s in sets.items())
+    pool, is_member = _join(mine, other)
     across, within = gates.find_copies(pool.images, is_member)
-    notes, drop = [], set() if pool.groups is not None else {j for _, j in within}
+    drop = set() if pool.groups is not None else {j for _, j in within}
+    keep = np.array([i for i in range(len(pool)) if i not in drop])
+    at = {int(i): k for k, i in enumerate(keep)}
+    across = [(at[i], at[j]) for i, j in across if i in at and j in at]
+    p = Plan(subject, pool.take(keep), is_member[keep], (mine.name, other.name), [], across, len(drop))
+    p.files = [files, other_files] if files and other_files else []
     if len(drop) > gates.RARE_SHARE * len(pool):
         line = f"{len(drop)} images are near-duplicates within their folder and count once"
-        notes.append(f"{line}: of video or bursts give groups (--groups subfolder or prefix:REGEX)")
-    keep = np.array([i for i in range(len(pool)) if i not in drop])
-    where = np.cumsum(np.isin(np.arange(len(pool)), keep)) - 1
-    across = [(int(where[i]), int(where[j])) for i, j in across if i not in drop and j not in drop]
-    pool, is_member = pool.take(keep), is_member[keep]
-    units = pool.image_ids if pool.groups is None else pool.groups
-    counts = [len(np.unique(units[is_member == side])) for side in (True, False)]
-    what = "images" if pool.groups is None else "groups"
-    for (name, _), n in zip(sets, counts, strict=True):
+        p.notes.append(f"{line}: of video or bursts give groups (--groups subfolder or prefix:REGEX)")
+    counts = [len(np.unique(p.units[p.is_member == side])) for side in (True, False)]
+    for name, n in zip(sets, counts, strict=True):
         if n < FEWEST:
+            what = "images" if pool.groups is None else "groups"
             raise ValueError(f"expected at least {FEWEST} different {name} {what}, got {n}: add some")
-    ways = battery.order_augmentations(subject.augmentation, augmentation)
-    chosen = dict(names=names, augmentations=ways, settings=settings, n_units=min(counts))
-    if names and not augmentation:
-        chosen["augmentations"] = ()  # a named attack as it is, with its own default
-    attempts, skipped = battery.choose(subject.model, subject.decoder, pool, **chosen)
-    seconds = [float("nan")] * len(attempts)
+    if subject.task == "segmenter":
+        _check_segmenter(p)
+    # a named attack is tried as it is, with its own default
+    ways = battery.order_augmentations(subject.augmentation, augmentation) if augmentation or not names else []
+    chosen = dict(names=names, augmentations=ways, settings=dict(settings or {}), n_units=min(counts))
+    p.attempts, p.not_tried = battery.choose(subject.model, subject.decoder, p.pool, **chosen)
     if measure or budget:
-        seconds = [battery.measure_seconds(attempt, pool) for attempt in attempts]
-    while budget and sum(seconds) > budget and len(attempts) > 1:
-        worst = int(np.argmax(seconds))
-        skipped.append(f"{attempts.pop(worst).label}: about {seconds.pop(worst) / 60:.1f} min do not fit the budget")
-    both = [files, other_files] if files and other_files else []
-    told = (mine.name, other.name), both, attempts, seconds, skipped, notes, across, len(drop)
-    return Plan(subject, pool, is_member, *told)
+        p.seconds = [battery.measure_seconds(attempt, p.pool) for attempt in p.attempts]
+    while budget and sum(p.seconds) > budget and len(p.attempts) > 1:
+        worst = int(np.argmax(p.seconds))
+        line = f"{p.attempts.pop(worst).label}: about {format_time(p.seconds.pop(worst))} do not fit the budget"
+        p.not_tried.append(line)
+    return p
+
+
+def _check_segmenter(p: Plan, n: int = 64) -> None:
+    """Compare mIoU on the given masks with that of one class everywhere: a model misused by its reader looks private."""
+    m, n_classes = p.subject.model, p.subject.model.n_classes
+    counts = np.zeros((n_classes, n_classes))
+    for i in np.unique(np.linspace(0, len(p.pool) - 1, n).astype(int)):
+        with torch.inference_mode():
+            seen = m.posteriors(datasets.to_float(p.pool.images[i : i + 1])).argmax(1).cpu().numpy()
+        truth = p.pool.masks[i : i + 1]
+        known = (truth != VOID) & (truth < n_classes)
+        counts += np.bincount(truth[known] * n_classes + seen[known], minlength=n_classes**2).reshape(counts.shape)
+    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    miou = float((counts.diagonal()[union > 0] / union[union > 0]).mean())
+    constant = counts.sum(1).max() / max(counts.sum(), 1) / max((counts.sum(1) > 0).sum(), 1)
+    p.subject.facts["mIoU on the given masks"] = (f"{miou:.2f}, one class everywhere {constant:.2f}", READ)
+    if miou < constant + LEAST_GAIN:
+        p.doubt = f"the segmenter hardly works on these images (mIoU {miou:.2f}): check normalization, size and classes"
+        p.notes.append(f"LOW mIoU: {p.doubt}")
 
 
 def run(
@@ -253,8 +288,8 @@ def run(
         command: what to print as the way to repeat it.
         options: of the battery: ``attack`` (names; empty: all that fit), ``augmentation`` (names, for EncoderMI),
             ``settings`` (parameters of attacks), ``groups`` (``"subfolder"`` or ``"prefix:REGEX"``), ``size`` (side or
-            (height, width); None: the model's), ``budget`` (seconds), ``device``; of ``encoders.open``: ``arch,
-            arch_args, weights, mean, std, pooling, method``.
+            (height, width); None: the model's), ``void`` (id in masks), ``budget`` (seconds), ``device``; of
+            ``encoders.open``: ``arch, arch_args, weights, mean, std, pooling, method``.
 
     Returns:
         Report. Bad input is one line (ValueError, FileNotFoundError): no such folder, fewer than 10 images, an attack
@@ -266,53 +301,59 @@ def run(
     return conclude(p, untrained=untrained, level=level, seed=seed, command=command)
 
 
-def conclude(p: Plan, *, untrained: Any = "auto", level: float = 0.01, seed: int = 0, command: str = "") -> Report:
-    """Pass the gates and try the attacks of a plan."""
+def conclude(
+    p: Plan, *, untrained: Any = "auto", level: float = 0.01, seed: int = 0, command: str = "",
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:  # fmt: skip
+    """Pass the gates and try the attacks of a plan; ``say`` is told what is being done."""
     start, pool, is_member = time.perf_counter(), p.pool, p.is_member
     found = [gates.compare_files(*p.files, level=level)] if p.files else []
     found.append(gates.compare_copies(p.across, pool.image_ids))
-    sides = (pool.images, pool.image_ids, is_member, p.units)
-    pixels, no_model, control = gates.compare_pixels(*sides, level=level, seed=seed)
-    name = str(getattr(p.subject.model, "name", type(p.subject.model).__name__))
-    report = Report(name, *p.names, p.subject.task, is_member, pool.image_ids, [*found, pixels], level, control=control)
-    report.no_model, report.facts, report.not_tried, report.notes = no_model, p.subject.facts, p.not_tried, p.notes
-    report.n_dropped = p.n_dropped
+    pixels, no_model, control = gates.compare_pixels(
+        pool.images, pool.image_ids, is_member, p.units, level=level, seed=seed
+    )
+    report = Report(
+        str(getattr(p.subject.model, "name", type(p.subject.model).__name__)), *p.names, p.subject.task, is_member,
+        pool.image_ids, [*found, pixels], control, no_model, level, facts=p.subject.facts, not_tried=p.not_tried,
+        notes=p.notes, doubt=p.doubt, n_dropped=p.n_dropped,
+    )  # fmt: skip
     if not report.void:
-        _attack(report, p, untrained, seed)
-    hashes = {"weights": attacks.fingerprint(p.subject.model) or "none", "images": pool.hash}
+        _attack(report, p, untrained, seed, say)
+    hashes = {name: pool.take(is_member == side).hash for name, side in (("suspected", True), ("reference", False))}
+    hashes = {"weights": fingerprint(p.subject.model) or "none"} | hashes
     report.meta = describe_run(command or "audit.run(...)", seed, hashes, time.perf_counter() - start)
     return report
 
 
-def _attack(report: Report, p: Plan, untrained: Any, seed: int) -> None:
-    """Try everything, and the best once more on an untrained model."""
+def _attack(report: Report, p: Plan, untrained: Any, seed: int, say: Callable[[str], None]) -> None:
+    """Try everything, and the strongest once more on an untrained model."""
     is_member, fold = p.is_member, battery.assign_folds(p.is_member, p.units, seed)
 
-    def measure(attempt: battery.Attempt) -> np.ndarray:
+    def measure(attempt: battery.Attempt, name: str) -> np.ndarray:
+        say(name)
         x = attempt.query(p.pool, seed)
-        return battery.make_smoother(x, fold) if attempt.fitted else x
+        return battery.make_smoother(x, fold) if get_attack(attempt.attack).fitted else x
 
-    entries = {attempt.label: measure(attempt) for attempt in p.attempts}
+    entries = {a.label: measure(a, f"attack {i} of {len(p.attempts)}: {a.label}") for i, a in enumerate(p.attempts, 1)}
     report.found = battery.search(entries, is_member, p.units, fold, seed=seed, level=report.level)
     for attempt, x in zip(p.attempts, entries.values(), strict=True):
-        score, own = (battery.score_fitted(x, is_member), fold) if x.ndim == 2 else (x, np.zeros(len(fold), int))
-        meta = {"params": dict(attempt.params), "seed": seed, "fitted": attempt.fitted}
-        kept = dict(image_ids=p.pool.image_ids, fold=own, groups=p.pool.groups, meta=meta)
+        score, own = (battery.score_fitted(x, is_member), fold) if x.ndim == 2 else (x, np.zeros_like(fold))
+        kept = dict(image_ids=p.pool.image_ids, fold=own, groups=p.pool.groups, meta={"params": dict(attempt.params)})
         report.results[attempt.label] = Result(attempt.attack, "", score, is_member, **kept)
     order = np.argsort(report.result.score)
     report.thumbnails = {int(i): np.asarray(p.pool.images[i]) for i in [*order[-SHOWN:], *order[:SHOWN]]}
     if report.p_value > report.level:
         return
-    if report.control.low > 0.5 or report.control.high < 0.5:
-        if len(np.unique(report.result.fold)) == len(np.unique(report.no_model.fold)):
-            clear = metrics.clear_of(report.result, report.no_model).low > 0
-            report.control = report.control._replace(clear=clear)
-    best = next(attempt for attempt in p.attempts if attempt.label == report.best)
+    folds = [len(np.unique(result.fold)) for result in (report.result, report.no_model)]
+    if leaves_half(*report.control[1:3]) and folds[0] == folds[1]:
+        clear = metrics.clear_of(report.result, report.no_model).low > 0
+        report.control = report.control._replace(clear=clear)
+    best = p.attempts[report.found.strongest]
     twin = p.subject.make_untrained(best) if isinstance(untrained, str) else untrained
     if twin is None:
         report.notes.append("the control with an untrained model was not run: no untrained model was given")
         return
-    entry = {best.label: measure(replace(best, model=twin))}
+    entry = {best.label: measure(replace(best, model=twin), f"control: {best.label} on an untrained model")}
     control = battery.search(entry, is_member, p.units, fold, seed=seed, level=report.level)
     report.untrained = (best.label, float(control.auc[0]), control.p)
 
