@@ -4,15 +4,10 @@ import importlib
 
 __version__ = "2.0.0"
 
-# Names that users import from the package itself: `from mia_utils import splits, encoders`. Loaded when first used.
-_PUBLIC = {
-    "encoders": "models.encoders",
-    "segmenters": "models.segmenters",
-    "views": "models.views",
-    "defenses": "defenses",
-    "splits": "protocol.splits",
-    "metrics": "protocol.metrics",
-}
+_PUBLIC = {  # what users import from the package itself, loaded when first used
+    "encoders": "models.encoders", "segmenters": "models.segmenters", "views": "models.views",
+    "defenses": "defenses", "splits": "protocol.splits", "metrics": "protocol.metrics",
+}  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -1,17 +1,15 @@
-"""What makes the notebooks a course: exercises that check themselves, checks of every run, shown code, a game.
-
-Nothing in the package depends on this module; the notebooks do. Answers lie beside the solutions.
-"""
+"""What makes the notebooks a course: exercises and runs that check themselves, shown code, a game."""
 
 from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import inspect
 import io
 import math
+import runpy
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from mia_utils.plots.style import format_value
 from mia_utils.protocol import intervals
 from mia_utils.runner import parameters, profiles
 
-# ---------------------------------------------------------------------------------------------------------- exercises
+UNTRAINED = ("mim", "encodermi-t", "lpla", "seg-global-loss", "token-spread")  # attacks that train no attacker
 
 
 @functools.cache
@@ -36,87 +34,62 @@ def load_answers(notebook: str) -> dict[str, tuple] | None:
         dict: exercise -> (predicate(answer, **given) -> bool, hint, {wrong answer: what it is taken from}).
     """
     path = profiles.find_source("notebooks", "solutions", f"answers_{notebook}.py")
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ANSWERS
+    return runpy.run_path(str(path))["ANSWERS"] if path.is_file() else None
 
 
 def check(exercise_id: str, answer: Any, **given: Any) -> None:
-    """Judge an answer: prints "open" while it is None, else "right" or a hint. Never raises on a wrong answer.
+    """Judge an answer to an exercise such as ``"03-1"``: prints "open" for None, else "right" or a hint; never raises.
 
-    Args:
-        exercise_id: for example ``"03-1"``.
-        answer: the reader's answer, or None.
-        given: what the answer is judged against, where it depends on this very run.
+    ``given`` is what the answer is judged against, where it depends on this very run.
     """
     answers = load_answers(exercise_id[:2])
-    if answer is None:
-        print(f"{exercise_id}: open")
-    elif answers is None:
-        print(f"{exercise_id}: handed in, judged elsewhere")
-    elif exercise_id not in answers:
+    if answer is None or answers is None:
+        print(f"{exercise_id}: {'open' if answer is None else 'handed in, judged elsewhere'}")
+        return
+    if exercise_id not in answers:
         raise ValueError(f"no exercise {exercise_id!r}: expected one of {', '.join(sorted(answers))}")
-    else:
-        predicate, hint = answers[exercise_id][:2]
-        try:
-            right = bool(predicate(answer, **given))
-        except Exception:  # whatever the reader hands in, the notebook goes on
-            right = False
-        print(f"{exercise_id}: right" if right else f"{exercise_id}: not yet. {hint}")
+    predicate, hint = answers[exercise_id][:2]
+    try:
+        right = bool(predicate(answer, **given))
+    except Exception:  # whatever the reader hands in, the notebook goes on
+        right = False
+    print(f"{exercise_id}: right" if right else f"{exercise_id}: not yet. {hint}")
 
 
 def show_source(function: Callable | type):
-    """Show the source of a package function as highlighted code, without its docstring; at most 25 lines of it.
-
-    Returns:
-        IPython Markdown: file and line, then the code.
-    """
+    """Show file, line and source of a package function as Markdown, without its docstring; at most 25 lines of it."""
     from IPython.display import Markdown  # not installed where only audits run
 
     function = inspect.unwrap(function)
     lines, start = inspect.getsourcelines(function)
-    first = ast.parse(inspect.cleandoc("\n" + "".join(lines))).body[0].body[0]
-    if isinstance(first, ast.Expr) and isinstance(getattr(first, "value", None), ast.Constant):
-        lines = lines[: first.lineno - 1] + lines[first.end_lineno :]
+    body = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    if ast.get_docstring(body):
+        lines = lines[: body.body[0].lineno - 1] + lines[body.body[0].end_lineno :]
     place = Path(inspect.getsourcefile(function)).resolve()
     place = place.relative_to(paths.PACKAGE_ROOT) if place.is_relative_to(paths.PACKAGE_ROOT) else Path(place.name)
-    code = inspect.cleandoc("\n" + "".join(lines)).splitlines()
+    code = textwrap.dedent("".join(lines)).strip("\n").splitlines()
     code = code if len(code) <= 25 else [*code[:24], f"    ...  # {len(code) - 24} lines more"]
     return Markdown(f"`{place.as_posix()}`, line {start}\n\n```python\n" + "\n".join(code) + "\n```")
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
 class Checks:
-    """The checks cell of a notebook.
+    """The checks cell of a notebook, such as ``"03_partcrop"``.
 
     *Invariants* always assert. *Findings* are two-sided bands; they and the *controls* assert, in ``finish``, only when
     the notebook ran with its profile's parameters in a profile the bands were measured for. Elsewhere they are printed.
-
-    Args:
-        lab: the lab of the notebook.
-        notebook: for example ``"03_partcrop"``; its tagged parameters cell is compared with the present values.
-        measured: profiles the bands of the findings hold for (never ``smoke``, which trains for seconds).
     """
 
-    def __init__(self, lab: Any, notebook: str, *, measured: Iterable[str] = ("quick", "photos")):
+    def __init__(self, lab: Any, notebook: str):
         path = parameters.find_notebooks()[notebook]
         wanted = parameters.merge_parameters(lab.profile, notebook, parameters.read_parameters(path))
         present = vars(sys.modules["__main__"])
+        changed = ", ".join(name for name, value in wanted.items() if present.get(name, value) != value)
         self.lab, self.notebook = lab, notebook
-        self.changed = [name for name, value in wanted.items() if present.get(name, value) != value]
-        self.is_judged = not self.changed and lab.name in set(measured) - {"smoke"}
+        self.is_judged = not changed and lab.name in ("quick", "photos")  # the bands were measured there
+        self._reason = f"not judged in profile {lab.name}"
+        if changed:
+            self._reason = f"not reproduced with your parameters ({changed} changed)"
         self._failed: list[str] = []
-
-    @property
-    def _reason(self) -> str:
-        if self.changed:
-            return f"not reproduced with your parameters ({', '.join(self.changed)} changed)"
-        return f"not judged in profile {self.lab.name}"
 
     def invariant(self, text: str, condition: Any) -> None:
         """Assert what must hold whatever the parameters are."""
@@ -135,14 +108,7 @@ class Checks:
             print(f"open     {line}; {self._reason}")
 
     def controls(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Judge the control rows of the controlled protocol: Holm at 1 % within each family must reject none.
-
-        Args:
-            table: rows of ``lab.results`` with their controls.
-
-        Returns:
-            DataFrame ``control, family, p, p_holm, rejected``.
-        """
+        """Judge and return the control rows of the controlled protocol (:func:`judge_controls`): none is rejected."""
         verdict = judge_controls(table)
         for row in verdict[verdict["rejected"]].itertuples():
             line = f"control {row.control} (p {row.p:.2g}, after Holm {row.p_holm:.2g})"
@@ -155,48 +121,30 @@ class Checks:
             print(f"holds    {len(verdict)} distinct control rows, none rejected (Holm at .01 in each family)")
         return verdict
 
-    def finish(self, line: str, *, hero: str = "") -> None:
-        """Print the finding, the last line of a notebook, and raise what failed in a judged run.
-
-        Args:
-            line: the finding, without the notebook's number and the path.
-            hero: file stem of the hero figure; default ``figNN_hero``.
-        """
+    def finish(self, line: str) -> None:
+        """Print the finding, the last line of a notebook, and raise what failed in a judged run."""
         number = self.notebook[:2]
-        name = f"{hero or f'fig{number}_hero'}.png"
-        assert (paths.get_figures_dir(self.lab.name) / name).is_file(), f"invariant does not hold: {name} was written"
+        hero = paths.get_figures_dir(self.lab.name) / f"fig{number}_hero.png"
+        assert hero.is_file(), f"invariant does not hold: {hero.name} was written"
         assert not self._failed, "; ".join(self._failed)
-        print(f"FINDING {number} {' '.join(line.split())} -> figures/{self.lab.name}/{name}", flush=True)
+        print(f"FINDING {number} {' '.join(line.split())} -> figures/{self.lab.name}/{hero.name}", flush=True)
 
 
 def judge_controls(table: pd.DataFrame) -> pd.DataFrame:
     """Judge all distinct control rows of a results table, each family (no model, untrained, permuted) at .01 (Holm)."""
-    rows = table[
-        (table["control"] != "") & table["seed"].isna() & (table["protocol"] == "controlled") & table["p"].notna()
-    ]
-    # one no-model row serves all attacks on a split; permuted rows say nothing where no attacker is trained
-    rows = rows[(rows["control"] != "permuted") | rows["attack"].isin(trained_attacks(table))]
+    rows = table[(table["control"] != "") & table["seed"].isna() & (table["protocol"] == "controlled")]
+    # one no-model row serves all attacks on a split; permuted rows are .5 by construction where no attacker is trained
+    rows = rows[rows["p"].notna() & ((rows["control"] != "permuted") | ~rows["attack"].isin(UNTRAINED))]
     rows = rows.drop_duplicates(["control", "auc", "n_members", "n_nonmembers"])
     names = [f"{r.control}, {r.attack} on {r.target} ({i})" for i, r in enumerate(rows.itertuples())]
-    verdict = intervals.judge_controls(
-        dict(zip(names, rows["p"].astype(float), strict=True)), families=dict(zip(names, rows["control"], strict=True))
-    )
-    detectable, single = rows["minimum_detectable"].to_numpy(float), rows["n_seeds"].to_numpy() == 1
+    p, families = (dict(zip(names, rows[column], strict=True)) for column in ("p", "control"))
+    verdict = intervals.judge_controls(p, families=families)
+    detectable = rows["minimum_detectable"].to_numpy(float)
     n = verdict.groupby("family")["p"].transform("size").to_numpy()
     # from the 95 % of one row to the level of the first of n; where several trainings differ, the test is narrower
     above = 0.5 + (detectable - 0.5) * stats.norm.isf(0.01 / 2 / np.maximum(n, 1)) / stats.norm.isf(0.025)
-    above = np.where(single, np.minimum(above, 1.0), np.nan)
+    above = np.where(rows["n_seeds"] == 1, np.minimum(above, 1.0), np.nan)
     return verdict.assign(auc=rows["auc"].to_numpy(), minimum_detectable=detectable, rejects_above=above)
-
-
-def trained_attacks(table: pd.DataFrame) -> set[str]:
-    """Attacks whose permuted rows are not .5 by construction: they train an attacker."""
-    permuted = table[table["control"] == "permuted"]
-    plain = {"mim", "encodermi-t", "lpla", "seg-global-loss", "token-spread"}
-    return set(permuted["attack"]) - plain
-
-
-# ------------------------------------------------------------------------------------------------- notebook 00: a game
 
 
 def is_interactive() -> bool:
@@ -209,16 +157,14 @@ def is_interactive() -> bool:
         return False
 
 
-def pick_game(split: Any, n_images: int, *, fold: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the images of "spot the member": half members, half non-members, before any score is known.
-
-    All come from one fold of the cross-fitting, so that one attacker judges them all.
+def pick_game(split: Any, n_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the images of "spot the member", half members, all of one fold, so that one attacker judges them all.
 
     Returns:
         index (n,) int64 into the pool, shuffled; is_member (n,) bool. Fewer where the fold has not enough members.
     """
     roles = split.roles("partial")
-    rng, here = seeds.rng(split.seed, "spot-the-member"), np.flatnonzero(roles.fold == fold)
+    rng, here = seeds.rng(split.seed, "spot-the-member"), np.flatnonzero(roles.fold == 0)
     sides = here[roles.is_member[here]], here[~roles.is_member[here]]
     n = min(n_images // 2, *map(len, sides))
     picked = rng.permutation(np.concatenate([rng.choice(part, n, replace=False) for part in sides]))
@@ -226,34 +172,21 @@ def pick_game(split: Any, n_images: int, *, fold: int = 0) -> tuple[np.ndarray, 
 
 
 def rank_among_nonmembers(result: Any, image_ids: Iterable[str]) -> np.ndarray:
-    """Return the share of non-members that score lower than each image, judged by the same attacker.
-
-    Args:
-        result: an attack's result.
-        image_ids: (n,) images of the result.
-
-    Returns:
-        (n,) float in [0, 1], higher = more likely a member; a tie counts one half, as in the AUC.
-    """
+    """Return the share of non-members, judged by the same attacker, that score below each image; ties count half."""
     position = {image_id: i for i, image_id in enumerate(result.image_ids.tolist())}
     shares = []
     for row in (position[str(image_id)] for image_id in image_ids):
         others = (result.fold == result.fold[row]) & ~result.is_member
         others[row] = False
-        lower = (result.score[others] < result.score[row]) + 0.5 * (result.score[others] == result.score[row])
-        shares.append(lower.mean() if others.any() else 0.5)
+        steps = np.heaviside(result.score[row] - result.score[others], 0.5)
+        shares.append(steps.mean() if others.any() else 0.5)
     return np.array(shares)
 
 
 def play(images: np.ndarray, is_member: np.ndarray):
-    """Let the reader guess: click on the images that trained the model, then on "How did I do?".
+    """Let the reader click on the images (n, H, W, 3) uint8 that trained the model, then on "How did I do?".
 
-    Args:
-        images: (n, H, W, 3) uint8.
-        is_member: (n,) bool, half of them True.
-
-    Returns:
-        ipywidgets box; None (and one printed sentence) where nobody can click, as when papermill runs the notebook.
+    Returns an ipywidgets box; None where nobody can click, as when papermill runs the notebook.
     """
     if not is_interactive():
         print("In JupyterLab you can click here. This copy was executed without a reader: guess from the figure.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +16,45 @@ import pandas as pd
 
 from mia_utils import __version__, course, lab, paths
 from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
+from mia_utils.results import to_markdown
 from mia_utils.runner import parameters, profiles
 
+Cell = namedtuple("Cell", "kind tags source outputs")
+FIGURES = re.compile(r"name=\"(fig\d\d_\w+)\"")  # that a cell writes
 SUMMARY = "main encoders architectures datasets probes calibration defenses output-defenses segmenter-defenses".split()
-UNKNOWN = {  # figures and tables of the papers whose content is not among our sources
-    "PartCrop": "Figures 1, 3 to 7, its tables",
-    "MIM": "its figures and tables by number",
-    "EncoderMI": "its figures and tables by number",
-    "Segmentations-Leak": "its figures and tables by number",
-}
+UNKNOWN = {"PartCrop": "Figures 1, 3 to 7, its tables"}  # figures and tables whose content is not among our sources
+UNKNOWN |= dict.fromkeys(("MIM", "EncoderMI", "Segmentations-Leak"), "its figures and tables by number")
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one line per attack on a target, its controls as columns.
-
-    Args:
-        table: ``lab.results``.
-
-    Returns:
-        DataFrame with words for readers: attack, target, data, N, T, augmentation, knowledge, decoder, defense, seeds,
-        AUC with interval, verdict, TPR at 1 % FPR, utility, and the AUC of each control.
-    """
+    """Return one line per attack on a target of ``lab.results``, in words for readers, its controls as columns."""
     table = table[table["seed"].isna() & table["study"].isin(SUMMARY) & (table["protocol"] == "controlled")]
     facts = [c for c in ("attack", "target", "checkpoint", "knowledge", "shadow", "decoder", "reference", "defense",
                          "strength", "attacker", "probes", "query_augmentation") if c in table]  # fmt: skip
     # who knows of a defense matters only where there is one
     table, lines = table.assign(attacker=table["attacker"].where(table["defense"] != "none", "")), []
-    for _, part in table.groupby(facts, sort=False, dropna=False):
-        own = part[part["control"] == ""]
-        if own.empty:
+    groups: dict[tuple, list[dict]] = {}
+    for row in table.astype(object).where(table.notna(), None).to_dict("records"):
+        groups.setdefault(tuple(row[name] for name in facts), []).append(row)
+    for part in groups.values():
+        own = sorted((r for r in part if not r["control"]), key=lambda r: (r["n_seeds"], r["n_nonmembers"]))
+        if not own:
             continue
-        a = own.sort_values(["n_seeds", "n_nonmembers"], kind="stable").iloc[-1]
-        controls = part[(part["control"] != "") & (part["n_seeds"] == a["n_seeds"])]
-        controls = controls.drop_duplicates("control", keep="last").set_index("control")["auc"]
-        strength = "" if pd.isna(a["strength"]) else a["strength"]
+        a = own[-1]
+        controls = {r["control"]: r["auc"] for r in part if r["n_seeds"] == a["n_seeds"]}
+        strength = "" if a["strength"] is None else a["strength"]
         defense = "" if a["defense"] == "none" else f"{label_of(a['defense'])} {strength}".strip()
-        line = {"attack": label_of(a["attack"]), "target": name_target(a), "data": label_of(a["dataset"])}
-        line |= {"N": a["n_train"], "T": a["checkpoint"], "trained with": WORDS.get(a["augmentation"])}
-        line |= {"knowledge": name_knowledge(a), "decoder": label_of(a["decoder"]) if a["attack"] == "mim" else ""}
-        line |= {"defense": defense, "attacker": a["attacker"] if defense else "", "seeds": a["n_seeds"]}
-        line |= {"auc": a["auc"], "AUC": format_interval(a["auc"], a["auc_low"], a["auc_high"])}
-        line |= {"verdict": a["verdict"], "TPR at 1 % FPR": format_value(a["tpr_at_1"])}
-        line |= {"utility": format_value(a["utility"]), "untrained utility": format_value(a["utility_untrained"])}
-        line |= {label_of(c): format_value(controls.get(c)) for c in ("no-model", "untrained", "permuted")}
-        lines.append(line | {"queries": a["queries"]})
+        lines.append({
+            "attack": label_of(a["attack"]), "target": name_target(a), "data": label_of(a["dataset"]),
+            "N": a["n_train"], "T": a["checkpoint"], "trained with": WORDS.get(a["augmentation"]),
+            "knowledge": name_knowledge(a), "decoder": label_of(a["decoder"]) if a["attack"] == "mim" else "",
+            "defense": defense, "attacker": a["attacker"] if defense else "", "seeds": a["n_seeds"], "auc": a["auc"],
+            "AUC": format_interval(a["auc"], a["auc_low"], a["auc_high"]), "verdict": a["verdict"],
+            "TPR at 1 % FPR": format_value(a["tpr_at_1"]), "utility": format_value(a["utility"]),
+            "untrained utility": format_value(a["utility_untrained"]),
+            **{label_of(c): format_value(controls.get(c)) for c in ("no-model", "untrained", "permuted")},
+            "queries": a["queries"],
+        })  # fmt: skip
     if not lines:
         return pd.DataFrame()
     order = ["defense", "attack", "target", "N", "T"]
@@ -87,11 +83,18 @@ def read_figures(profile: str) -> list[dict[str, Any]]:
     texts, figures = _read_readings(), []
     for path in sorted(paths.get_figures_dir(profile).glob("fig*.png")):
         with Image.open(path) as image:
-            info = image.info | {"width": image.width, "height": image.height}
-        entry = {"name": path.stem, "file": path.name, "chapter": path.stem[3:5], "csv": path.with_suffix(".csv").name}
-        entry |= {key.lower(): info.get(key, "") for key in ("Title", "Paper", "Caption", "Here")}
-        figures.append(entry | {"read": texts.get(path.stem, ""), "width": info["width"], "height": info["height"]})
+            entry = {key.lower(): image.info.get(key, "") for key in ("Title", "Paper", "Caption", "Here")}
+            entry |= {"width": image.width, "height": image.height, "name": path.stem, "file": path.name}
+        entry |= {"chapter": path.stem[3:5], "csv": path.with_suffix(".csv").name}
+        figures.append(entry | {"read": texts.get(path.stem, "")})
     return figures
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Return kind, tags, source and outputs of the cells of a notebook."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    head = ((c["cell_type"], c["metadata"].get("tags", []), "".join(c["source"]).rstrip()) for c in cells)
+    return [Cell(*own, c.get("outputs", [])) for own, c in zip(head, cells, strict=True)]
 
 
 def _read_readings() -> dict[str, str]:
@@ -99,11 +102,10 @@ def _read_readings() -> dict[str, str]:
     found = {}
     for path in parameters.find_notebooks().values():
         waiting: list[str] = []
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            source = "".join(cell["source"])
-            if cell["cell_type"] == "code":
-                waiting += re.findall(r"name=\"(fig\d\d_\w+)\"", source)
-            elif match := re.search(r"\*\*How to read (?:it|them)\*\*:?\s*(.+?)(?:\n\n|$)", source, flags=re.S):
+        for cell in read_cells(path):
+            if cell.kind == "code":
+                waiting += FIGURES.findall(cell.source)
+            elif match := re.search(r"\*\*How to read (?:it|them)\*\*:?\s*(.+?)(?:\n\n|$)", cell.source, flags=re.S):
                 found |= dict.fromkeys(waiting, re.sub(r"[*`$]", "", " ".join(match.group(1).split())))
                 waiting = []
     return found
@@ -111,11 +113,8 @@ def _read_readings() -> dict[str, str]:
 
 def read_chapters() -> list[dict[str, str]]:
     """Return number and title question of every notebook."""
-    chapters = []
-    for name, path in parameters.find_notebooks().items():
-        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0]
-        chapters.append({"number": name[:2], "name": name, "title": first.lstrip("# ").partition("· ")[2]})
-    return chapters
+    firsts = {name: read_cells(path)[0].source.splitlines()[0] for name, path in parameters.find_notebooks().items()}
+    return [{"number": n[:2], "name": n, "title": first.partition("· ")[2]} for n, first in firsts.items()]
 
 
 def list_catalog(figures: list[dict[str, Any]]) -> pd.DataFrame:
@@ -132,19 +131,18 @@ def write(profile: str) -> Path:
     results = lab.open(profile).results
     folder, summary, figures = paths.get_figures_dir(profile), summarize(results), read_figures(profile)
     controls = course.judge_controls(results) if len(results) else pd.DataFrame()
-    text = summary.drop(columns="auc", errors="ignore").to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    paths.write_atomic(folder / "08_summary.csv", lambda file: file.write(text.encode()))
+    plain = summary.drop(columns="auc", errors="ignore")
+    paths.write_atomic(folder / "08_summary.csv", plain.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     environment = jinja2.Environment(loader=jinja2.PackageLoader("mia_utils", "."), autoescape=True, trim_blocks=True)
     page = environment.get_template("page.html").render(
         profile=profile, version=__version__, figures=figures, chapters=read_chapters(),
-        summary=summary.to_dict("records"), columns=[c for c in summary if c != "auc"],
-        catalog=list_catalog(figures).to_dict("records"), controls=say_controls(controls),
+        summary=summary.to_dict("records"), columns=list(plain), catalog=list_catalog(figures).to_dict("records"),
+        controls=say_controls(controls),
     )  # fmt: skip
-    path = paths.write_atomic(folder / "index.html", lambda file: file.write(page.encode()))
     if profile == "photos":
         write_tables(summary, figures, controls)
         fill_sections(profiles.find_source("README.md"), {"findings": say_findings(results), "times": say_times()})
-    return path
+    return paths.write_atomic(folder / "index.html", page)
 
 
 _PARTIAL = "knowledge == 'partial' and attack =="
@@ -188,12 +186,13 @@ def say_findings(results: pd.DataFrame) -> str:
 
 
 def say_times() -> str:
-    """Return the measured times of the main commands as a table."""
+    """Return the measured times of the main commands as a table, empty where none were measured."""
     path = profiles.find_source("docs", "times.csv")
     if not path.is_file():
         return ""
-    table = pd.read_csv(path, dtype=str)[["command", "what it does", "time"]]
-    return to_markdown(table[table["command"].str.startswith("./run_all.sh")].head(6))
+    table = pd.read_csv(path, dtype=str).fillna("")
+    own = table["command"].str.startswith("./run_all.sh")
+    return to_markdown(table.loc[own, ["command", "what it does", "time"]].head(6))
 
 
 def fill_sections(path: Path, sections: dict[str, str]) -> None:
@@ -204,7 +203,7 @@ def fill_sections(path: Path, sections: dict[str, str]) -> None:
         if len(parts) != 4:
             raise ValueError(f"{path.name}: expected one section {name}:begin ... {name}:end, got {len(parts) // 3}")
         content = f"{parts[0]}{parts[1]}{text}\n{parts[2]}{parts[3]}" if text else content
-    paths.write_atomic(path, lambda file: file.write(content.encode()))
+    paths.write_atomic(path, content)
 
 
 def say_controls(controls: pd.DataFrame) -> str:
@@ -219,31 +218,17 @@ def say_controls(controls: pd.DataFrame) -> str:
 
 
 def write_tables(summary: pd.DataFrame, figures: list[dict[str, Any]], controls: pd.DataFrame) -> None:
-    """Write ``docs/results.md``, ``catalog.md``, ``benchmarks.md`` and ``times.md``."""
-    docs = profiles.find_source("docs")
-    left_out = ["auc", "decoder", "attacker", "queries"]
-    results = to_markdown(summary.drop(columns=left_out))
-    pages = {"results": ("Results of profile photos", f"{say_controls(controls)}\n\n{results}")}
-    pages["catalog"] = ("Figures and tables of the four papers", to_markdown(list_catalog(figures)))
-    timed = profiles.find_source("docs", "times.csv")
-    times = to_markdown(pd.read_csv(timed, dtype=str).fillna("")) if timed.is_file() else ""
-    pages["times"] = ("Measured times", times)
-    folder, parts = profiles.find_source("benchmarks", "results"), []
-    for path in sorted(folder.glob("*.csv")):
-        frame = pd.read_csv(path)
-        kept = [c for c in frame if frame[c].notna().any() and c not in ("commit", "versions", "date")]
-        parts.append(f"## {path.stem.replace('_', ' ')}\n\n{to_markdown(frame[kept])}")
-    pages["benchmarks"] = ("Benchmarks", "\n\n".join(parts))
+    """Write ``docs/results.md``, ``catalog.md`` and ``benchmarks.md``."""
+    docs, parts = profiles.find_source("docs"), []
+    results = to_markdown(summary.drop(columns=["auc", "decoder", "attacker", "queries"]))
+    for path in sorted(profiles.find_source("benchmarks", "results").glob("*.csv")):
+        frame = pd.read_csv(path).dropna(axis="columns", how="all")
+        frame = frame.drop(columns=["commit", "versions", "date"], errors="ignore")
+        parts.append(f"## {path.stem.replace('_', ' ')}\n\n{to_markdown(frame)}")
+    pages = {
+        "results": ("Results of profile photos", f"{say_controls(controls)}\n\n{results}"),
+        "catalog": ("Figures and tables of the four papers", to_markdown(list_catalog(figures))),
+        "benchmarks": ("Benchmarks", "\n\n".join(parts)),
+    }
     for name, (title, text) in pages.items():
-        content = f"<!-- written by ./run_all.sh replay -->\n\n# {title}\n\n{text}\n"
-        paths.write_atomic(docs / f"{name}.md", lambda file, content=content: file.write(content.encode()))
-
-
-def to_markdown(table: pd.DataFrame) -> str:
-    """Return a table as Markdown, numbers with few digits."""
-    plain = table.copy()
-    for name in plain.select_dtypes("number"):
-        plain[name] = [("" if pd.isna(v) else f"{v:,.4g}" if v % 1 else f"{v:,.0f}") for v in plain[name]]
-    text = plain.fillna("").astype(str).replace({r"\|": "/"}, regex=True)
-    lines = [text.columns, ["---"] * len(text.columns), *text.to_numpy()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        paths.write_atomic(docs / f"{name}.md", f"<!-- written by ./run_all.sh replay -->\n\n# {title}\n\n{text}\n")

@@ -1,7 +1,7 @@
-"""Where things are kept, and how a file is written. Every path follows from the project folder and three variables.
+"""Where things are kept, and how a file is written; all paths follow from the project folder and three variables.
 
-``MIA_HOME`` moves the whole working folder (tests use it), ``MIA_DATA_DIR`` moves ``data/raw``,
-``MIA_ARTIFACTS`` adds read-only artifact folders (separated like ``PATH``).
+``MIA_HOME`` moves the working folder, ``MIA_DATA_DIR`` moves ``data/raw``, ``MIA_ARTIFACTS`` adds read-only artifact
+folders (separated like ``PATH``).
 """
 
 from __future__ import annotations
@@ -64,22 +64,18 @@ def get_threads() -> int | None:
     return int(value) if value else None
 
 
-def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Write a file under another name and rename it: readers see all of it or nothing, a failure leaves nothing.
+def write_atomic(path: str | Path, content: str | bytes | Callable[[BinaryIO], Any]) -> Path:
+    """Write a text, bytes, or what a function writes into the open file, under another name, and rename it.
 
-    Args:
-        path: the file; folders above it are made, its rights follow from the umask.
-        write: called with the open file, for example ``lambda file: np.savez(file, **arrays)``.
-
-    Raises:
-        ValueError: no right or no space. One line that names the file.
+    Readers see all of it or nothing, a failure leaves nothing; folders are made. No right or no space: ValueError of
+    one line that names the file.
     """
-    path = Path(path)
+    path, content = Path(path), content.encode() if isinstance(content, str) else content
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            write(file)
+            content(file) if callable(content) else file.write(content)
         part.replace(path)
     except OSError as error:
         reason = error.strerror or error

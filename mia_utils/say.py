@@ -6,6 +6,7 @@ Titles have at most 90 characters and two numbers. All of them, and every *Here:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,8 @@ def _apart(one: Any, other: Any) -> bool:
     return one["auc_low"] > other["auc_high"] or other["auc_low"] > one["auc_high"]
 
 
-# ------------------------------------------------------------------------------------------------------------ titles
+def _average(table: pd.DataFrame) -> pd.Series:
+    return table[["auc", "auc_low", "auc_high"]].mean()
 
 
 def shown(table: pd.DataFrame, by: str = "method", subject: str = "") -> str:
@@ -44,11 +46,7 @@ def shown(table: pd.DataFrame, by: str = "method", subject: str = "") -> str:
     names = own.groupby(by, sort=False)["verdict"].agg(lambda v: (v == "shown").any())
     yes, no = ([label_of(n) for n in names.index[names == want]] for want in (True, False))
     if not yes:
-        return (
-            f"{subject}: no leak shown on {join(no)}"
-            if len(join(no)) < 45
-            else f"{subject}: no leak shown on any of {len(no)}"
-        )
+        return f"{subject}: no leak shown on " + (join(no) if len(join(no)) < 45 else f"any of {len(no)}")
     if len(join(yes + no)) > 48:
         return f"{subject}: leaks shown on {len(yes)} of {len(names)} targets"
     verb = "find" if " and " in subject else "finds"
@@ -57,17 +55,16 @@ def shown(table: pd.DataFrame, by: str = "method", subject: str = "") -> str:
 
 def best(table: pd.DataFrame, by: str = "attack") -> str:
     """Which line is ahead, if any: ``MIM attack is ahead: AUC .98; next PartCrop .88``."""
-    own = attacks(table).sort_values("auc", ascending=False)
-    first = own.iloc[0]
-    rest = own[own[by] != first[by]]
+    own = attacks(table).sort_values("auc", ascending=False).drop_duplicates(by)
+    first, second = own.iloc[0], own.iloc[min(1, len(own) - 1)]
+    name, next_name = label_of(first[by]), label_of(second[by])
     if first["verdict"] != "shown":
-        return f"No leak shown: {label_of(first[by])} comes to AUC {_auc(first)}"
-    if rest.empty:
-        return f"{label_of(first[by])} finds members: AUC {_auc(first)}"
-    second = rest.iloc[0]
+        return f"No leak shown: {name} comes to AUC {_auc(first)}"
+    if len(own) == 1:
+        return f"{name} finds members: AUC {_auc(first)}"
     if _apart(first, second):
-        return f"{label_of(first[by])} is ahead: AUC {_auc(first)}; next {label_of(second[by])} {_auc(second)}"
-    return f"{label_of(first[by])} and {label_of(second[by])} lead together: AUC {_auc(first)} and {_auc(second)}"
+        return f"{name} is ahead: AUC {_auc(first)}; next {next_name} {_auc(second)}"
+    return f"{name} and {next_name} lead together: AUC {_auc(first)} and {_auc(second)}"
 
 
 def found(table: pd.DataFrame, by: str = "method") -> str:
@@ -82,22 +79,21 @@ def found(table: pd.DataFrame, by: str = "method") -> str:
     return first if top[by] == low[by] else f"{first}, {format_value(low[name])} of {label_of(low[by])}'s"
 
 
-def plateau(table: pd.DataFrame, x: str, unit: str = "", more: str = "") -> str:
-    """From which value of a sweep on nothing is gained: ``One mask is enough: AUC .97, 64 give .98``."""
+def plateau(table: pd.DataFrame, x: str, unit: str = "") -> str:
+    """From which value of a sweep on nothing is gained: ``4 masks are enough: AUC .97; 64 give .98``."""
     own = attacks(table).sort_values(x)
-    top = own.loc[own["auc"].idxmax()]
-    enough = own[[not _apart(row, top) for row in own.to_dict("records")]].iloc[0]
-    last = own.iloc[-1]
-    unit, count = unit or x.removeprefix("n_"), lambda row: f"{row[x]:,g}"
+    first, last, top = own.iloc[0], own.iloc[-1], own.loc[own["auc"].idxmax()]
+    enough = next(row for _, row in own.iterrows() if not _apart(row, top))
+    unit, n, n_last = unit or x.removeprefix("n_"), f"{enough[x]:,g}", f"{last[x]:,g}"
     if top["verdict"] != "shown":
-        return f"No leak shown at any number of {unit}: AUC {_auc(own.iloc[0])} to {_auc(last)}"
-    if enough[x] == own[x].iloc[0]:
+        return f"No leak shown at any number of {unit}: AUC {_auc(first)} to {_auc(last)}"
+    if enough[x] == first[x]:
         single = unit.removesuffix("es" if unit.endswith("ches") else "s")
-        few = f"One {single} does" if enough[x] == 1 else f"{count(enough)} {unit} do"
-        return f"{few} as well as {count(last)}: AUC {_auc(enough)} and {_auc(last)}"
+        few = f"One {single} does" if enough[x] == 1 else f"{n} {unit} do"
+        return f"{few} as well as {n_last}: AUC {_auc(enough)} and {_auc(last)}"
     if enough[x] == last[x]:
-        return f"More {unit} still help at {count(last)}: AUC {_auc(own.iloc[0])} to {_auc(last)}"
-    return f"{count(enough)} {unit} are enough: AUC {_auc(enough)}; {count(last)} give {_auc(last)}"
+        return f"More {unit} still help at {n_last}: AUC {_auc(first)} to {_auc(last)}"
+    return f"{n} {unit} are enough: AUC {_auc(enough)}; {n_last} give {_auc(last)}"
 
 
 def span(table: pd.DataFrame, by: str, what: str = "") -> str:
@@ -106,34 +102,29 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
     top, low = own.loc[own["auc"].idxmax()], own.loc[own["auc"].idxmin()]
     lead = f"{what}: " if what else ""
     if not _apart(top, low):
-        none = "no choice is clearly better" if lead else "No choice is clearly better"
-        return f"{lead}{none}: AUC {_auc(low)} to {_auc(top)}"
+        return f"{lead}{'n' if lead else 'N'}o choice is clearly better: AUC {_auc(low)} to {_auc(top)}"
     return f"{lead}AUC {_auc(top)} with {label_of(top[by])}, {_auc(low)} with {label_of(low[by])}"
 
 
 def versus(table: pd.DataFrame, one: str, other: str, names: tuple[str, str]) -> str:
     """Compare the mean rows of two queries: ``Own parts beat random vectors: AUC .96 against .55``, or neither."""
-    ends = ["auc", "auc_low", "auc_high"]
-    first, second = (attacks(table).query(query)[ends].mean() for query in (one, other))
+    first, second = (_average(attacks(table).query(query)) for query in (one, other))
     if pd.isna(first["auc"]) or pd.isna(second["auc"]):
         return f"{names[0]} against {names[1]}: not both in this profile"
     if not _apart(first, second):
         return f"{names[0]} and {names[1]} do equally well: AUC {_auc(first)} and {_auc(second)}"
     if first["auc"] < second["auc"]:
         first, second, names = second, first, names[::-1]
-    said = f"{names[0]} beat {names[1]}: AUC {_auc(first)} against {_auc(second)}"
-    return said[0].upper() + said[1:]
+    return f"{names[0][0].upper()}{names[0][1:]} beat {names[1]}: AUC {_auc(first)} against {_auc(second)}"
 
 
 def grows(table: pd.DataFrame, x: str = "checkpoint", unit: str = "epochs", subject: str = "") -> str:
     """From which value on a leak is shown: ``MAE leaks from 150 epochs on; AUC .98 after 2,500``."""
     own = attacks(table).sort_values(x)
-    found = own[own["verdict"] == "shown"]
-    last = own.iloc[-1]
-    if found.empty:
-        said = f"No leak shown up to {last[x]:,g} {unit}: AUC {_auc(last)}"
-    else:
-        said = f"Leaks shown from {found[x].iloc[0]:,g} {unit} on; AUC {_auc(last)} at {last[x]:,g}"
+    found, last = own.loc[own["verdict"] == "shown", x], own.iloc[-1]
+    said = f"No leak shown up to {last[x]:,g} {unit}: AUC {_auc(last)}"
+    if len(found):
+        said = f"Leaks shown from {found.iloc[0]:,g} {unit} on; AUC {_auc(last)} at {last[x]:,g}"
     return f"{subject}: {said[0].lower()}{said[1:]}" if subject else said
 
 
@@ -148,29 +139,31 @@ def transfer(table: pd.DataFrame, row: str = "shadow_method", column: str = "met
     return f"{verdict}: mean AUC {format_value(on)} from its own kind of shadow, {format_value(off)} from others"
 
 
-# ------------------------------------------------------------------------------------------------------ expectations
-
-
 @dataclass(frozen=True)
 class Expectation:
-    """What the theory predicts, and how the run answers; made by the functions below.
-
-    Attributes:
-        text: the prediction in words.
-        judge: table -> ("met" | "not met" | "intervals overlap" | "can't be said", what was seen).
-    """
+    """What the theory predicts, and how the run answers; made by the functions below."""
 
     text: str
-    judge: Callable[[pd.DataFrame], tuple[str, str]]
+    judge: Callable[[pd.DataFrame], tuple[str, str]]  # table -> (a word, what was seen)
 
     def answer(self, table: pd.DataFrame) -> str:
-        """Return the *Here:* line: ``"more masks, less noise": met, .74 with 1 and .98 with 64``."""
+        """Return the *Here:* line: ``"more masks, less noise": met; AUC .74 at 1 and .98 at 64``."""
         table = table.rename(columns={"value": "auc", "low": "auc_low", "high": "auc_high"})
         try:
             word, seen = self.judge(table)
         except (KeyError, IndexError, ValueError):
-            word, seen = "can't be said", "this profile has no such rows"
+            word, seen = _ABSENT
         return f"“{self.text}”: {word}" + (f"; {seen}" if seen else "")
+
+
+_ABSENT = "can't be said", "this profile has no such rows"
+
+
+def _compare(one: Any, other: Any, seen: str) -> tuple[str, str]:
+    """Whether the first AUC is above the second."""
+    if not _apart(one, other):
+        return "intervals overlap", seen
+    return ("met" if one["auc"] > other["auc"] else "not met"), seen
 
 
 def rises(text: str, *, by: str = "x", falls: bool = False, query: str = "") -> Expectation:
@@ -181,9 +174,7 @@ def rises(text: str, *, by: str = "x", falls: bool = False, query: str = "") -> 
         first, last = own.iloc[0], own.iloc[-1]
         seen = f"AUC {_auc(first)} at {first[by]:,g} and {_auc(last)} at {last[by]:,g}"
         seen += ", all at the ceiling" if own["auc"].min() > 0.95 else ""  # where no setting can show its worth
-        if not _apart(first, last):
-            return "intervals overlap", seen
-        return ("met" if (last["auc"] > first["auc"]) != falls else "not met"), seen
+        return _compare(first, last, seen) if falls else _compare(last, first, seen)
 
     return Expectation(text, judge)
 
@@ -192,42 +183,32 @@ def above(text: str, high: str, low: str) -> Expectation:
     """Expect the rows of query ``high`` above those of query ``low`` (their means, by their intervals)."""
 
     def judge(table: pd.DataFrame) -> tuple[str, str]:
-        table = table[table["seed"].isna()]
-        one, other = (table.query(q)[["auc", "auc_low", "auc_high"]].mean() for q in (high, low))
+        one, other = (_average(table[table["seed"].isna()].query(query)) for query in (high, low))
         if pd.isna(one["auc"]) or pd.isna(other["auc"]):
-            return "can't be said", "this profile has no such rows"
-        seen = f"AUC {_auc(one)} against {_auc(other)}"
-        if not _apart(one, other):
-            return "intervals overlap", seen
-        return ("met" if one["auc"] > other["auc"] else "not met"), seen
+            return _ABSENT
+        return _compare(one, other, f"AUC {_auc(one)} against {_auc(other)}")
 
     return Expectation(text, judge)
 
 
 def all_shown(text: str, query: str = "") -> Expectation:
     """Expect a leak shown in every row (of a query)."""
-    return _count(text, query, "shown", every=True)
+    return Expectation(text, functools.partial(_count, query=query, every=True))
 
 
 def none_shown(text: str, query: str = "") -> Expectation:
     """Expect no leak shown in any row (of a query; controls are rows too where the query names them)."""
-    return _count(text, query, "shown", every=False)
+    return Expectation(text, functools.partial(_count, query=query, every=False))
 
 
-def _count(text: str, query: str, verdict: str, *, every: bool) -> Expectation:
-    def judge(table: pd.DataFrame) -> tuple[str, str]:
-        own = table[table["seed"].isna()].query(query) if query else attacks(table)
-        if own.empty:
-            return "can't be said", "this profile has no such rows"
-        n = int((own["verdict"] == verdict).sum())
-        met = n == len(own) if every else n == 0
-        return ("met" if met else "not met"), f"{verdict} in {n} of {len(own)}"
-
-    return Expectation(text, judge)
+def _count(table: pd.DataFrame, *, query: str, every: bool) -> tuple[str, str]:
+    own = table[table["seed"].isna()].query(query) if query else attacks(table)
+    if own.empty:
+        return _ABSENT
+    n = int((own["verdict"] == "shown").sum())
+    return ("met" if n == len(own) * every else "not met"), f"shown in {n} of {len(own)}"
 
 
-def holds(
-    text: str, test: Callable[[pd.DataFrame], bool], seen: Callable[[pd.DataFrame], str] = lambda table: ""
-) -> Expectation:
+def holds(text: str, test: Callable[[pd.DataFrame], bool], seen: Callable = lambda table: "") -> Expectation:
     """Expect what a function of the drawn table finds true; ``seen`` says the numbers."""
     return Expectation(text, lambda table: ("met" if test(table) else "not met", seen(table)))

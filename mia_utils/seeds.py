@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
 
 def derive(seed: int, *names: object) -> int:
-    """Derive a 63-bit seed from a base seed and the names of a stream.
-
-    Args:
-        seed: base seed of the experiment.
-        names: stream name and keys, for example ``"partcrop", image_id``.
-
-    Returns:
-        int in [0, 2**63), the same on every machine: blake2b over the seed and the names.
-    """
+    """Derive a seed in [0, 2**63) from a base seed and the names of a stream (``"partcrop", image_id``): blake2b."""
     text = "\x1f".join([str(int(seed)), *map(str, names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -43,16 +35,12 @@ def rng(seed: int, *names: object) -> np.random.Generator:
 class RowGenerator:
     """Draws the numbers of a whole batch and gives those of some rows: what one of several processes trains on.
 
-    So the processes see together what a single one would have seen. Of ``np.random.Generator`` it has what training
-    uses; the first number of a ``size`` is the number of rows, ours.
+    So the processes see together what a single one would have seen. Has what training uses of ``np.random.Generator``.
 
     Args:
         rng: the stream of the whole batch; every process has it from its beginning.
         n: rows of the whole batch.
-        rows: ours.
-
-    Raises:
-        ValueError: a ``size`` that does not begin with the number of our rows.
+        rows: ours; the first number of every ``size`` is how many they are, else a ValueError.
     """
 
     def __init__(self, rng: np.random.Generator, n: int, rows: slice):
@@ -67,23 +55,18 @@ class RowGenerator:
         return self._n, *rest
 
     def random(self, size: int | tuple[int, ...], dtype: type = np.float64) -> np.ndarray:
-        """Uniform in [0, 1)."""
         return self._rng.random(self._widen(size), dtype=dtype)[self._rows]
 
     def uniform(self, low: float, high: float, size: int | tuple[int, ...]) -> np.ndarray:
-        """Uniform in [low, high)."""
         return self._rng.uniform(low, high, self._widen(size))[self._rows]
 
     def integers(self, low: int, high: int, size: int | tuple[int, ...]) -> np.ndarray:
-        """Integers in [low, high)."""
         return self._rng.integers(low, high, self._widen(size))[self._rows]
 
     def normal(self, loc: float, scale: float, size: int | tuple[int, ...]) -> np.ndarray:
-        """Gaussian of mean ``loc`` and sd ``scale``."""
         return self._rng.normal(loc, scale, self._widen(size))[self._rows]
 
     def beta(self, a: float, b: float, size: int | tuple[int, ...]) -> np.ndarray:
-        """Beta(a, b)."""
         return self._rng.beta(a, b, self._widen(size))[self._rows]
 
     def choice(self, a: int, size: int, replace: bool = True) -> np.ndarray:

@@ -8,6 +8,7 @@ import io
 import re
 import textwrap
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mia_utils import paths
@@ -26,26 +28,16 @@ WATERMARK = "code check, not a result"
 MEMBER_COLOR, NONMEMBER_COLOR = "#D81B60", "#1E9A8E"  # apart in lightness and hue for every color vision deficiency
 INK = "#222222"
 
-# One color per attack in the whole book; a family shares a hue and differs in lightness.
-ATTACKS = {
-    "member": ("members", MEMBER_COLOR),  # curves of the two sides are drawn like attacks
-    "non-member": ("non-members", NONMEMBER_COLOR),
-    "partcrop": ("PartCrop", "#0072B2"),
-    "partcrop-v2": ("PartCrop-v2", "#56B4E9"),
-    "token-spread": ("Token spread", "#00B0F0"),
-    "token-spread-lr": ("Token sizes", "#5B8DB8"),
-    "encodermi-v": ("EncoderMI-V", "#D55E00"),
-    "encodermi-s": ("EncoderMI-S", "#E69F00"),
-    "encodermi-t": ("EncoderMI-T", "#6B2E00"),
-    "lpla": ("LpLA", "#B3A500"),
-    "mim": ("MIM attack", "#009E73"),
-    "seg-loss-map": ("Loss map", "#7B2D8B"),
-    "seg-concat": ("Concatenation", "#CC79A7"),
-    "seg-full-image": ("Full image", "#2D0A47"),
-    "seg-global-loss": ("Global loss", "#9A86D0"),
-    "seg-label-only": ("Label only", "#9A6A00"),
-    "seg-type1": ("Prediction only", "#C79A45"),
-}
+ATTACKS = {  # one color per attack in the whole book; a family shares a hue and differs in lightness
+    "member": ("members", MEMBER_COLOR), "non-member": ("non-members", NONMEMBER_COLOR),  # two sides drawn like attacks
+    "partcrop": ("PartCrop", "#0072B2"), "partcrop-v2": ("PartCrop-v2", "#56B4E9"),
+    "token-spread": ("Token spread", "#00B0F0"), "token-spread-lr": ("Token sizes", "#5B8DB8"),
+    "encodermi-v": ("EncoderMI-V", "#D55E00"), "encodermi-s": ("EncoderMI-S", "#E69F00"),
+    "encodermi-t": ("EncoderMI-T", "#6B2E00"), "lpla": ("LpLA", "#B3A500"), "mim": ("MIM attack", "#009E73"),
+    "seg-loss-map": ("Loss map", "#7B2D8B"), "seg-concat": ("Concatenation", "#CC79A7"),
+    "seg-full-image": ("Full image", "#2D0A47"), "seg-global-loss": ("Global loss", "#9A86D0"),
+    "seg-label-only": ("Label only", "#9A6A00"), "seg-type1": ("Prediction only", "#C79A45"),
+}  # fmt: skip
 _SPARE = ("#882255", "#44AA99", "#999933", "#332288", "#117733", "#AA4499", "#5599BB", "#CC6677")
 CONTROLS = {  # label, color, marker, line
     "no-model": ("no model", "#222222", "x", (0, (4, 2))),
@@ -59,27 +51,28 @@ METHODS = {
     "pspnet": ("PSPNet", "X"), "deeplabv3plus": ("DeepLabV3+", "p"),
 }  # fmt: skip
 DEFENSES = {
-    "none": ("undefended", "#111111"), "early-stopping": ("Early stopping", "#009E73"), "scsr": ("Crop range", "#0072B2"),
-    "dp-sgd": ("DP-SGD", "#D55E00"), "weight-decay": ("Weight decay", "#6B2E00"), "dropout": ("Dropout", "#882255"),
-    "drop-path": ("Drop path", "#B06CA8"), "label-smoothing": ("Label smoothing", "#3F7FBF"),
-    "crop-mixup": ("Crops, mix-up", "#117733"), "distillation": ("Distillation", "#8C6D1F"),
-    "min-max": ("Min-max", "#2F8F8F"), "noise": ("Noise", "#7B2D8B"), "rounding": ("Rounding", "#56A0C8"),
-    "top-k": ("Top k", "#A07800"), "temperature": ("Temperature", "#5B5BD6"), "gauss": ("Gauss", "#C4408A"),
-    "argmax": ("Argmax", "#332288"),
+    "none": ("undefended", "#111111"), "early-stopping": ("Early stopping", "#009E73"),
+    "scsr": ("Crop range", "#0072B2"), "dp-sgd": ("DP-SGD", "#D55E00"), "weight-decay": ("Weight decay", "#6B2E00"),
+    "dropout": ("Dropout", "#882255"), "drop-path": ("Drop path", "#B06CA8"),
+    "label-smoothing": ("Label smoothing", "#3F7FBF"), "crop-mixup": ("Crops, mix-up", "#117733"),
+    "distillation": ("Distillation", "#8C6D1F"), "min-max": ("Min-max", "#2F8F8F"), "noise": ("Noise", "#7B2D8B"),
+    "rounding": ("Rounding", "#56A0C8"), "top-k": ("Top k", "#A07800"), "temperature": ("Temperature", "#5B5BD6"),
+    "gauss": ("Gauss", "#C4408A"), "argmax": ("Argmax", "#332288"),
 }  # fmt: skip
 WORDS = {  # what columns hold, as a reader calls it
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny_imagenet": "Tiny-ImageNet", "camvid": "CamVid",
     "scenes": "scenes", "scenes-night": "night scenes", "scenes-sketch": "sketched scenes", "stl10": "STL-10",
-    "cityscapes": "Cityscapes", "cls": "class token", "mean": "mean of tokens", "none": "whole images",
-    "flip": "flips", "crop": "strong crops", "crop-weak": "weak crops", "simclr": "strong crops and color",
+    "cityscapes": "Cityscapes", "cls": "class token", "mean": "mean of tokens", "none": "whole images", "flip": "flips",
+    "crop": "strong crops", "crop-weak": "weak crops", "simclr": "strong crops and color",
     "simclr-weak": "weak crops and color", "dino": "DINO's views", "controlled": "one view for all",
-    "released-view": "released view", "released-split": "released split", "released-selection": "epoch chosen on the evaluation set",
-    "frame-thirds": "frames of one block on both sides", "iid-frames": "frames one by one", "uniform": "uniform energy",
-    "gaussian": "Gaussian energy", "both": "both energies", "own": "the target's decoder", "attacker": "the attacker's decoder",
-    "partial": "knows some members", "adaptive": "adaptive", "static": "static", "parts": "own parts", "random": "random vectors",
-    "other-image": "another image's tokens", "vit_nano_patch8_32": "small ViT", "vit_micro_patch8_32": "ViT",
-    "vit_small_patch8_32": "ViT", "vit_small_patch8_64": "ViT", "resnet_thin_32": "ResNet", "resnet18_32": "ResNet-18",
-    "swin_thin_32": "Swin",
+    "released-view": "released view", "released-split": "released split",
+    "released-selection": "epoch chosen on the evaluation set", "frame-thirds": "frames of one block on both sides",
+    "iid-frames": "frames one by one", "uniform": "uniform energy", "gaussian": "Gaussian energy",
+    "both": "both energies", "own": "the target's decoder", "attacker": "the attacker's decoder",
+    "partial": "knows some members", "adaptive": "adaptive", "static": "static", "parts": "own parts",
+    "random": "random vectors", "other-image": "another image's tokens", "vit_nano_patch8_32": "small ViT",
+    "vit_micro_patch8_32": "ViT", "vit_small_patch8_32": "ViT", "vit_small_patch8_64": "ViT",
+    "resnet_thin_32": "ResNet", "resnet18_32": "ResNet-18", "swin_thin_32": "Swin",
 }  # fmt: skip
 
 STYLE: dict[str, Any] = {
@@ -102,7 +95,7 @@ def use(profile: str) -> None:
 
 def color_of(attack: str, control: str = "") -> str:
     """Return the color of an attack, or the gray of a control; a newly registered attack keeps one spare color."""
-    for name in filter(None, (control, attack)):
+    for name in (control, attack):
         if name in CONTROLS:
             return CONTROLS[name][1]
     # crc32, not hash(): the same name must give the same color in every process
@@ -116,22 +109,15 @@ def marker_of(method: str, control: str = "") -> str:
 
 def label_of(name: Any) -> str:
     """Return how a name of the code is printed."""
-    for names in (METHODS, ATTACKS, CONTROLS, DEFENSES):
-        if name in names:
-            return names[name][0]
-    return WORDS.get(name, str(name))
+    known = next((names[name][0] for names in (METHODS, ATTACKS, CONTROLS, DEFENSES) if name in names), None)
+    return known or WORDS.get(name, str(name))
 
 
 def name_targets(table: pd.DataFrame) -> pd.Series:
     """Name the target of each row: its method, then what tells it from other targets of that method in the table."""
     names = table["method"].map(label_of)
-    for column, unit in (
-        ("arch", ""),
-        ("dataset", ""),
-        ("augmentation", ""),
-        ("n_train", " images"),
-        ("epochs", " epochs"),
-    ):
+    units = {"arch": "", "dataset": "", "augmentation": "", "n_train": " images", "epochs": " epochs"}
+    for column, unit in units.items():
         same = table.groupby(names)
         several = (same["target"].transform("nunique") > 1) & (same[column].transform("nunique") > 1)
         said = table[column].map(lambda v: WORDS.get(v, v) if isinstance(v, str) else f"{v:,.0f}") + unit
@@ -147,21 +133,16 @@ def format_value(value: float | None, digits: int = 2) -> str:
 
 
 def format_interval(value: float, low: float, high: float) -> str:
-    """Print ``.81 [.76, .86]``."""
-    return f"{format_value(value)} [{format_value(low)}, {format_value(high)}]"
+    """Print ``.81 [.76, .86]``, or the value alone where it has no interval."""
+    ends = f" [{format_value(low)}, {format_value(high)}]" if np.isfinite(low) else ""
+    return format_value(value) + ends
 
 
+@mpl.rc_context(STYLE)
 def make_figure(rows: int = 1, cols: int = 1, *, width: float = FULL, height: float | None = None, **options: Any):
     """Return a figure in the book's style and its (rows, cols) axes; sizes in inches."""
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(width, height or 2.4 * rows), layout="constrained")
-        return fig, fig.subplots(rows, cols, squeeze=False, **options)
-
-
-def set_title(fig: Figure, title: str) -> None:
-    """Set the finding as the figure's title: left, bold, wrapped to the width."""
-    chars = int(fig.get_size_inches()[0] * TITLE_CHARS)
-    fig.suptitle("\n".join(textwrap.wrap(title, chars)), x=0.01, ha="left", fontsize=9, fontweight="bold")
+    fig = Figure(figsize=(width, height or 2.4 * rows), layout="constrained")
+    return fig, fig.subplots(rows, cols, squeeze=False, **options)
 
 
 def draw_chance(ax: Axes, *, axis: str = "y", value: float = 0.5) -> None:
@@ -170,26 +151,15 @@ def draw_chance(ax: Axes, *, axis: str = "y", value: float = 0.5) -> None:
     line(value, color="#9A9A9A", linewidth=0.7, linestyle=(0, (1, 1)), zorder=0.5)
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
-
-
 @dataclass
 class Drawn:
-    """A figure as a notebook shows it: the picture with alternative text, and below it what the run says.
-
-    Attributes:
-        title: the finding; also the alternative text.
-        table: the drawn numbers.
-        png: bytes of the picture.
-        here: the generated line, empty where nothing was expected.
-        path: where it was written, None for a figure without a name.
-    """
+    """A figure as a notebook shows it: the picture with its title as alternative text, below it what the run says."""
 
     title: str
-    table: pd.DataFrame
+    table: pd.DataFrame  # the drawn numbers
     png: bytes
-    here: str = ""
-    path: Path | None = None
+    here: str = ""  # the generated line, empty where nothing was expected
+    path: Path | None = None  # None for a figure without a name
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         width = min(900, int.from_bytes(self.png[16:20], "big") * 110 // 200)  # PNG header: width in pixels
@@ -201,35 +171,38 @@ class Drawn:
         return {"text/html": shown + here, "text/markdown": text, "text/plain": self.title}
 
 
+@mpl.rc_context(STYLE)
 def finish(
-    fig: Figure,
-    table: pd.DataFrame,
-    *,
-    title: str,
-    name: str = "",
-    paper: str = "",
-    expect: Any = None,
-    caption: str = "",
-) -> Drawn:
+    fig: Figure, table: pd.DataFrame, *, title: str | Callable, rows: pd.DataFrame | None = None, name: str = "",
+    paper: str = "", expect: Any = None, caption: str = "",
+) -> Drawn:  # fmt: skip
     """Set the title, write PNG and CSV where the figure has a name, and return what the notebook shows.
 
     Nothing written holds a date, version or host: an unchanged result gives unchanged bytes. Title, paper and caption
     travel inside the PNG (text chunks), where the page reads them. Figures of profile ``smoke`` carry a watermark.
+
+    Args:
+        table: the drawn numbers, which ``expect`` (of ``say``) judges.
+        title: the finding, or a rule of ``say`` that makes it from ``rows``, what was queried (None: ``table``).
+        name: file stem; empty: nothing is written.
+        paper: item of a paper that the figure regenerates, as ``paper: item``.
     """
-    set_title(fig, title)
+    title = title(table if rows is None else rows) if callable(title) else title
+    width = fig.get_size_inches()[0]
+    lines = textwrap.wrap(title, int(width * TITLE_CHARS))
+    fig.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9, fontweight="bold")
     here = expect.answer(table) if expect is not None else ""
-    texts = {"Software": None, "Title": title, "Paper": paper, "Caption": caption, "Here": here}
+    texts = {"Title": title, "Paper": paper, "Caption": caption, "Here": here}
     if _book == "smoke":
-        width = fig.get_size_inches()[0]
         mark = dict(ha="center", va="center", rotation=18, color="#B00020", alpha=0.28, fontweight="bold", zorder=1000)
         fig.text(0.5, 0.5, WATERMARK, fontsize=min(26, 3.6 * width), **mark).set_in_layout(False)
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        fig.savefig(buffer, format="png", metadata={k: v for k, v in texts.items() if v is None or v})
+    buffer, fig.dpi = io.BytesIO(), STYLE["savefig.dpi"]
+    # savefig draws twice, once for the layout; this draws once and gives the same pixels
+    FigureCanvasAgg(fig).print_png(buffer, metadata={"Software": None} | {k: v for k, v in texts.items() if v})
     drawn = Drawn(title, table, buffer.getvalue(), here)
     if name and _book:
         drawn.path = paths.get_figures_dir(_book) / f"{name}.png"
-        text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-        paths.write_atomic(drawn.path.with_suffix(".csv"), lambda file: file.write(text.encode()))
-        paths.write_atomic(drawn.path, lambda file: file.write(drawn.png))
+        numbers = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        paths.write_atomic(drawn.path.with_suffix(".csv"), numbers)
+        paths.write_atomic(drawn.path, drawn.png)
     return drawn
