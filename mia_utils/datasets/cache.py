@@ -9,7 +9,8 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,10 +53,11 @@ class MappedImages(np.lib.mixins.NDArrayOperatorsMixin):
         if copy is False:
             raise ValueError("streamed images are read, which makes a new array: copy=False is not possible")
         check_memory(self.shape)
-        out, starts = np.empty(self.shape, np.uint8), np.cumsum([0, *map(len, self.maps)])
-        for part, start, end in zip(self.maps, starts[:-1], starts[1:], strict=True):
-            here = (self.rows >= start) & (self.rows < end)
+        out, start = np.empty(self.shape, np.uint8), 0
+        for part in self.maps:
+            here = (self.rows >= start) & (self.rows < start + len(part))
             out[here] = part[self.rows[here] - start]
+            start += len(part)
         return out if dtype is None else out.astype(dtype, copy=False)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
@@ -107,6 +109,16 @@ def lock(folder: Path, name: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def fetch(make: Callable[[], Any], root: Path, name: str, place: str) -> Any:
+    """Download or open a data set; whatever goes wrong becomes one line that says what to place in ``root``."""
+    try:
+        return make()
+    except Exception as error:  # network, disk, checksum, broken archive: urllib and torchvision raise many types
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        text = f"{name}: could not download it ({reason}): place {place} in {root}, see data/README.md"
+        raise FileNotFoundError(text) from error
+
+
 def find_root(root: str | Path | None, *, needed: bool) -> Path | None:
     """Return the data folder; a folder the user named must exist, the default one is made when it is written to."""
     folder = paths.get_raw_dir() if root is None else Path(root).expanduser()
@@ -125,9 +137,8 @@ def name_cache(folder: Path, name: str, size: tuple[int, int] | None) -> Path:
 
 def find_cache(folder: Path, name: str, size: tuple[int, int] | None) -> Path | None:
     """Return the cache file of a data set: that of this size, else ``NAME.npz``, else the largest."""
-    files = sorted(folder.glob(f"{name}-*x*.npz"))
-    matches = [re.fullmatch(rf"{re.escape(name)}-(\d+)x(\d+)\.npz", file.name) for file in files]
-    sized = {(int(m[1]), int(m[2])): file for m, file in zip(matches, files, strict=True) if m}
+    matches = [re.fullmatch(rf"{re.escape(name)}-(\d+)x(\d+)\.npz", file.name) for file in sorted(folder.glob("*.npz"))]
+    sized = {(int(m[1]), int(m[2])): folder / m[0] for m in matches if m}
     if size in sized:
         return sized[size]
     if (folder / f"{name}.npz").is_file():
@@ -179,17 +190,14 @@ def map_rows(path: Path, n: int, rows: Iterator[np.ndarray]) -> np.memmap:
     return np.load(path, mmap_mode="r")
 
 
-def _write_rows(file: BinaryIO, n: int, rows: Iterable[np.ndarray]) -> None:
+def _write_rows(file: BinaryIO, n: int, rows: Iterator[np.ndarray]) -> None:
     """Write an npy file and its digest behind it, where numpy does not look."""
-    digest, header = hashlib.blake2b(digest_size=16), io.BytesIO()
-    for row in rows:
-        if not header.getvalue():
-            kind = {"descr": "|u1", "fortran_order": False, "shape": (n, *row.shape)}
-            np.lib.format.write_array_header_1_0(header, kind)
-            file.write(header.getvalue())
-            digest.update(header.getvalue())
-        file.write(row)
-        digest.update(row)
+    digest, header, first = hashlib.blake2b(digest_size=16), io.BytesIO(), next(rows)
+    kind = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
+    np.lib.format.write_array_header_1_0(header, kind)
+    for part in chain([header.getvalue(), first], rows):
+        file.write(part)
+        digest.update(part)
     file.write(digest.digest())
 
 

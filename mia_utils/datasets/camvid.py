@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mia_utils.datasets import cache
 from mia_utils.datasets.folders import OFFICIAL
 from mia_utils.datasets.labels import get_label_space
 
@@ -23,14 +24,8 @@ def load_camvid(root: Path) -> dict[str, Any]:
     if not archive.is_file():
         from torch.hub import download_url_to_file  # under a temporary name, with a progress bar
 
-        try:
-            download_url_to_file(URL, str(archive), progress=True)
-        except Exception as error:  # network, disk, address: urllib raises many types
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise FileNotFoundError(
-                f"camvid: could not download it ({reason}): place {ARCHIVE} (187 MB) or camvid-HEIGHTxWIDTH.npz in "
-                f"{root}, see data/README.md"
-            ) from error
+        place = f"{ARCHIVE} (187 MB) or camvid-HEIGHTxWIDTH.npz"
+        cache.fetch(lambda: download_url_to_file(URL, str(archive)), root, "camvid", place)
     try:
         with zipfile.ZipFile(archive) as file:
             return _read(file)
@@ -46,19 +41,18 @@ def _read(file: zipfile.ZipFile) -> dict[str, Any]:
         raise KeyError("no CamVid/train/*.png in it")
     images, masks, classes = [], [], get_label_space("camvid")
     for split, name in tqdm(frames, desc="reading camvid", unit="image", disable=len(frames) < 100):
-        for part, out in ((split, images), (f"{split}annot", masks)):
-            with file.open(entries["CamVid", part, name]) as opened, Image.open(opened) as image:
-                out.append(np.asarray(image.convert("RGB") if part == split else image))
-        where = f"CamVid/{split}annot/{name}"
+        with file.open(entries["CamVid", split, name]) as opened, Image.open(opened) as image:
+            images.append(np.asarray(image.convert("RGB")))
+        with file.open(entries["CamVid", f"{split}annot", name]) as opened, Image.open(opened) as image:
+            masks.append(np.asarray(image).astype(np.uint8))
+        where = f"{file.filename}: CamVid/{split}annot/{name}"
         if masks[-1].shape != images[0].shape[:2] or images[-1].shape != images[0].shape:
-            raise ValueError(f"{file.filename}: {where} is {masks[-1].shape}, expected {images[0].shape[:2]}")
+            raise ValueError(f"{where} is {masks[-1].shape}, expected {images[0].shape[:2]}")
         if masks[-1].max(initial=0) > len(classes):
-            raise ValueError(f"{file.filename}: {where} holds the id {masks[-1].max()}, expected 0 to {len(classes)}")
+            raise ValueError(f"{where} holds the id {masks[-1].max()}, expected 0 to {len(classes)}")
+    official, names = map(np.array, zip(*frames, strict=True))
     return {
-        "images": np.stack(images),
-        "masks": np.stack(masks).astype(np.uint8),
-        "image_ids": np.array([name for _, name in frames]),
-        "official_split": np.array([split for split, _ in frames]),
-        "groups": np.array([name.split("_")[0] for _, name in frames]),  # the drive; load cuts it into blocks
+        "images": np.stack(images), "masks": np.stack(masks), "image_ids": names, "official_split": official,
+        "groups": np.array([name.split("_")[0] for name in names]),  # the drive; load cuts it into blocks
         "class_names": np.array([*classes, "void"]),
-    }
+    }  # fmt: skip

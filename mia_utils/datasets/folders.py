@@ -23,7 +23,6 @@ from mia_utils.datasets import cache
 
 FORMATS = set("AVIF BMP DIB GIF JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split())
 LEFTOVERS = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # of the system, beside everything that begins with a dot
-BACKGROUND = (255, 255, 255)  # under transparent pixels
 OFFICIAL = {"train", "val", "test"}
 QUEUED = 512  # files handed to the threads at a time
 
@@ -42,19 +41,16 @@ def list_images(path: Path, left_out: dict[str, list[str]]) -> list[str]:
         raise FileNotFoundError(f"expected a folder of images, got {path}, which is no folder: check the path")
     names: list[str] = []
 
-    def walk(folder: Path, above: frozenset[str]) -> None:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            name = Path(entry.path).relative_to(path).as_posix()
-            reason = None
+    def walk(folder: str, prefix: str, above: frozenset[str]) -> None:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            name, reason = prefix + entry.name, None
             if entry.name.startswith(".") or entry.name in LEFTOVERS:
                 reason = "hidden or of the system"
             elif entry.is_dir():
                 if (real := os.path.realpath(entry.path)) in above:
                     reason = "a link to a folder above it"
                 else:
-                    walk(Path(entry.path), above | {real})
+                    walk(entry.path, f"{name}/", above | {real})
             elif Path(entry.name).suffix.lower() not in list_suffixes():
                 reason = "no image format that Pillow reads"
             elif not entry.is_file():  # a named pipe would block the one who opens it
@@ -65,18 +61,14 @@ def list_images(path: Path, left_out: dict[str, list[str]]) -> list[str]:
                 left_out.setdefault(reason, []).append(name)
 
     try:
-        walk(path, frozenset([os.path.realpath(path)]))
+        walk(str(path), "", frozenset([os.path.realpath(path)]))
     except OSError as error:
         raise ValueError(f"{error.filename}: can not be listed ({error.strerror}): change its permissions") from error
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{path}: the file name {name!r} is not valid UTF-8: rename it") from None
+    if wrong := [name for name in names if name.encode(errors="replace").decode() != name]:
+        raise ValueError(f"{path}: the file name {wrong[0]!r} is not valid UTF-8: rename it")
     if not names:
-        raise FileNotFoundError(
-            f"{path}: no image in this folder (looked for {', '.join(sorted(list_suffixes()))}): name another folder"
-        )
+        known = ", ".join(sorted(list_suffixes()))
+        raise FileNotFoundError(f"{path}: no image in this folder (looked for {known}): name another folder")
     return sorted(names)
 
 
@@ -96,59 +88,49 @@ def draw_names(names: list[str], n: int | None, rng: np.random.Generator, path: 
     return [names[i] for i in np.sort(rng.choice(len(names), size=n, replace=False))]
 
 
-def read_folder(
-    path: str | Path,
-    *,
-    size: tuple[int, int] | None = None,
-    n: int | None = None,
-    seed: int = 0,
-    stream: Path | None = None,
-) -> dict[str, Any]:
-    """Read any image folder.
+def part_names(names: list[str]) -> tuple[dict[str, np.ndarray], list[list[str]]]:
+    """Part relative paths into the official split, where all first folders are one, and the folders below it."""
+    parts = [name.split("/")[:-1] for name in names]
+    if all(p and p[0] in OFFICIAL for p in parts):
+        return {"official_split": np.array([p[0] for p in parts])}, [p[1:] for p in parts]
+    return {}, parts
 
-    Files are sorted and their relative paths are the image ids. The first subfolder is the class; where all first
-    subfolders are called train, val or test they are the official split and the second one is the class. A flat
-    folder is one class.
+
+def read_folder(
+    path: str | Path, *, size: tuple[int, int] | None = None, n: int | None = None, seed: int = 0,
+    stream: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Read any image folder; relative paths are the image ids, ``n`` files are drawn before anything is decoded.
+
+    The first subfolder is the class; where all first subfolders are called train, val or test they are the official
+    split and the second one is the class. A flat folder is one class.
 
     Args:
-        path: folder with images, in class subfolders or flat.
         size: (height, width): scale each image to cover it, then center crop; None: all images must have one size.
-        n: draw this many files before anything is decoded; None: all.
-        seed: which n files.
         stream: decode into memory maps in this folder, once, instead of into memory.
-
     """
     path, left_out = Path(path), {}
     names = draw_names(list_images(path, left_out), n, seeds.rng(seed, "folders.read_folder"), path)
     say_left_out(path, len(names), left_out)
-    parts = [name.split("/")[:-1] for name in names]
-    is_official = all(p and p[0] in OFFICIAL for p in parts)
-    classes = [next(iter(p[is_official:]), "") or "all" for p in parts]
-    class_names, labels = np.unique(classes, return_inverse=True)
-    out = {"labels": labels.astype(np.int64), "image_ids": np.array(names), "class_names": tuple(class_names.tolist())}
-    if is_official:
-        out["official_split"] = np.array([p[0] for p in parts])
-    files = [(path / name,) for name in names]
+    out, parts = part_names(names)
+    class_names, labels = np.unique([p[0] if p else "all" for p in parts], return_inverse=True)
     read, key = partial(read_image, size=size), (path.resolve(), size, n, seed)
-    images = decode(read, files, title=path.name, stream=stream, key=key)
-    return out | {"images": images if stream is None else cache.MappedImages([images])}
+    images = decode(read, [(path / name,) for name in names], title=path.name, stream=stream, key=key)
+    return out | {
+        "images": images if stream is None else cache.MappedImages([images]), "labels": labels.astype(np.int64),
+        "image_ids": np.array(names), "class_names": tuple(class_names.tolist()),
+    }  # fmt: skip
 
 
 def decode(
-    read: Callable[..., np.ndarray],
-    items: Sequence[tuple[Path, ...]],
-    *,
-    title: str,
-    stream: Path | None = None,
+    read: Callable[..., np.ndarray], items: Sequence[tuple[Path, ...]], *, title: str, stream: Path | None = None,
     key: tuple = (),
-) -> np.ndarray:
-    """Decode files in threads, into memory or once into a memory map; what can't be read is one line that names it.
+) -> np.ndarray:  # fmt: skip
+    """Decode files in threads, into memory or once into a memory map in ``stream``; an unreadable one is named.
 
     Args:
         read: called with the files of an item, the image first; returns (H, W, channels) uint8.
         items: N tuples of files.
-        title: text before the progress bar.
-        stream: folder of the memory map; None: memory.
         key: what the pixels depend on beside the files themselves.
 
     Returns:
@@ -161,10 +143,8 @@ def decode(
             first = row if first is None else first
             if row.shape != first.shape:
                 sizes = [f"{file} is {x.shape[0]} x {x.shape[1]}" for file, x in ((items[0][0], first), (item[0], row))]
-                raise ValueError(
-                    f"images of mixed sizes: {', '.join(sizes)} (height x width): pass size= to scale and center-crop "
-                    "them"
-                )
+                how = "pass size= to scale and center-crop them"
+                raise ValueError(f"images of mixed sizes: {', '.join(sizes)} (height x width): {how}")
             yield np.ascontiguousarray(row)
 
     if stream is not None:
@@ -198,7 +178,7 @@ def open_rgb(file: Path) -> Image.Image:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 if image.getextrema()[3][0] < 255:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file: the folder is incomplete") from None
@@ -223,8 +203,7 @@ def cover(image: Image.Image, size: tuple[int, int], how: Image.Resampling = Ima
     """
     (height, width), (w, h) = size, image.size
     w, h = (w * height // h, height) if height * w >= width * h else (width, h * width // w)
-    if (w, h) != image.size:
-        image = image.resize((w, h), how)
+    image = image if (w, h) == image.size else image.resize((w, h), how)
     left, top = round((w - width) / 2), round((h - height) / 2)
     return image.crop((left, top, left + width, top + height))
 

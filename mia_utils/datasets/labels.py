@@ -9,7 +9,7 @@ Cityscapes' definitions: parking, rail tracks, bridges, guard rails, backs of si
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -41,15 +41,21 @@ def get_mapping(source: str, target: str) -> dict[str, str]:
     return {name: row[target] for name, row in _read_space(source).items() if row[target]}
 
 
+def _make_table(names: Sequence[str], mapping: Mapping[str, str], target: str) -> np.ndarray:
+    """Map positions in ``names`` to classes of the target space. -> (256,) uint8, void 255"""
+    table, classes = np.full(256, VOID, np.uint8), get_label_space(target)
+    for i, name in enumerate(names[:256]):
+        if name in mapping:
+            table[i] = classes.index(mapping[name])
+    return table
+
+
 def make_mapillary_table(names: Sequence[str]) -> np.ndarray:
     """Map Mapillary Vistas' names to Cityscapes' 19, the longest known prefix decides. -> (256,) uint8, void 255"""
-    known, classes, table = _read_space("mapillary"), get_label_space("cityscapes"), np.full(256, VOID, np.uint8)
-    for i, name in enumerate(names[:256]):
-        while name and name not in known:
-            name = name.rpartition("--")[0]
-        if name:
-            table[i] = classes.index(known[name]["cityscapes"])
-    return table
+    known = {name: row["cityscapes"] for name, row in _read_space("mapillary").items()}
+    parts = [name.split("--") for name in names]
+    prefixes = [["--".join(part[:n]) for n in range(len(part), 0, -1)] for part in parts]
+    return _make_table([next((x for x in each if x in known), "") for each in prefixes], known, "cityscapes")
 
 
 def map_labels(pool: Pool, space: str) -> Pool:
@@ -57,18 +63,15 @@ def map_labels(pool: Pool, space: str) -> Pool:
     target = get_label_space(space)
     if pool.masks is None:
         raise ValueError(f"data set {pool.name!r} has no label maps: nothing to map to {space!r}")
-    names = tuple(pool.mask_class_names or pool.class_names)
+    names = pool.mask_class_names or pool.class_names
     sources = [known for known in SPACES if get_label_space(known) == names]
     if not sources:
         raise ValueError(
             f"data set {pool.name!r} has classes of no known label space ({', '.join(names[:4])} ...): expected those "
             f"of {', '.join(SPACES)}"
         )
-    mapping, table = get_mapping(sources[0], space), np.full(256, VOID, np.uint8)
-    for i, name in enumerate(names):
-        if name in mapping:
-            table[i] = target.index(mapping[name])
-    changed = {"masks": table[pool.masks], "name": f"{pool.name.partition('@')[0]}@{space}"}
+    masks = _make_table(names, get_mapping(sources[0], space), space)[pool.masks]
+    changed = {"masks": masks, "name": f"{pool.name.partition('@')[0]}@{space}"}
     if pool.mask_class_names is None:  # the classes of the masks are the pool's only ones; no image has a label then
         return replace(pool, **changed, class_names=target, labels=np.zeros(len(pool), np.int64))
     return replace(pool, **changed, mask_class_names=target)

@@ -29,7 +29,6 @@ ARRAYS = {
     "part_names": ("str", "P"),
 }
 KINDS = {"uint8": "u", "integer": "iu", "str": "U", "float": "f"}
-PER_IMAGE = tuple(name for name, (_, shape) in ARRAYS.items() if shape.startswith("N"))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,9 +69,8 @@ class Pool:
 
     def __repr__(self) -> str:
         n, h, w, _ = self.images.shape
-        also = [key for key in ("official_split", "masks", "groups", "part_boxes") if key in self.arrays]
-        text = f", with {', '.join(also)}" if also else ""
-        text += ", streamed" if isinstance(self.images, MappedImages) else ""
+        also = ", ".join(key for key in ("official_split", "masks", "groups", "part_boxes") if key in self.arrays)
+        text = f", with {also}" * bool(also) + ", streamed" * isinstance(self.images, MappedImages)
         return f"Pool({self.name!r}: {n} images of {h} x {w}, {len(self.class_names)} classes{text})"
 
     @property
@@ -89,13 +87,13 @@ class Pool:
                 # the width of a numpy string type depends on its longest entry in the file: hash the text
                 value = np.frombuffer("\x1f".join(map(str, value)).encode(), dtype=np.uint8)
             digest.update(f"{key} {value.dtype} {value.shape};".encode())
-            for part in [value] if value.ndim == 1 else (value[i : i + 256] for i in range(0, len(value), 256)):
-                digest.update(np.ascontiguousarray(part))  # streamed images are read a part at a time
+            for start in range(0, len(value), 256):  # streamed images are read a part at a time
+                digest.update(np.ascontiguousarray(value[start : start + 256]))
         return digest.hexdigest()
 
     def take(self, index: np.ndarray) -> Pool:
         """Return the pool of the images at ``index`` (int positions or a bool mask), in that order."""
-        return replace(self, **{key: value[index] for key, value in self.arrays.items() if key in PER_IMAGE})
+        return replace(self, **{key: value[index] for key, value in self.arrays.items() if ARRAYS[key][1][0] == "N"})
 
 
 def check_arrays(arrays: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -103,8 +101,7 @@ def check_arrays(arrays: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
     A wrong one is one line that names it and ``where`` it lies.
     """
-    unknown = sorted(set(arrays) - set(ARRAYS))
-    if unknown:
+    if unknown := sorted(set(arrays) - set(ARRAYS)):
         raise ValueError(f"{where}: unknown array {unknown[0]!r}, expected some of {', '.join(ARRAYS)}: remove it")
     for key in ("images", "image_ids", "class_names", *(() if "masks" in arrays else ("labels",))):
         if key not in arrays:
@@ -119,17 +116,15 @@ def check_arrays(arrays: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         fits = fits and value.ndim == len(names) and 0 not in value.shape
         if not fits or any(lengths.setdefault(d, n) != n for d, n in zip(names, value.shape, strict=True)):
             sizes = ", ".join(f"{d} = {known[d]}" for d in names if d in known and d.isalpha())
-            raise ValueError(
-                f"{where}: {key} is {_describe(value)}, expected {kind} ({', '.join(names)}{',' * (len(names) == 1)}) "
-                f"{f'where {sizes}' if sizes else 'with at least 1 of each'}"
-            )
-        if kind == "str" and not shape.startswith("N"):
+            shape = f"({', '.join(names)}{',' * (len(names) == 1)})"
+            rule = f"where {sizes}" if sizes else "with at least 1 of each"
+            raise ValueError(f"{where}: {key} is {_describe(value)}, expected {kind} {shape} {rule}")
+        if kind == "str" and shape != "N":
             out[key] = tuple(map(str, value))
     if ("part_boxes" in out) != ("part_names" in out):
         raise ValueError(f"{where}: part_boxes and part_names belong together, only one is there: add the other")
     ids, counts = np.unique(out["image_ids"], return_counts=True)
-    if counts.max() > 1:
-        again = ids[counts > 1]
+    if len(again := ids[counts > 1]):
         raise ValueError(f"{where}: image_ids repeats {len(again)} ids, such as {str(again[0])!r}: make them unique")
     out["labels"] = np.asarray(out.get("labels", np.zeros(lengths["N"])), dtype=np.int64)
     low, high, n = out["labels"].min(), out["labels"].max(), len(out["class_names"])
@@ -137,12 +132,9 @@ def check_arrays(arrays: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: labels run from {low} to {high}, expected 0 to {n - 1} for the {n} class_names")
     if "masks" in out:
         n = len(out.get("mask_class_names", out["class_names"]))
-        wrong = [i for i in find_ids(out["masks"]) if i >= n and i != VOID]
-        if wrong:
-            raise ValueError(
-                f"{where}: masks holds the value {wrong[0]}, expected 0 to {n - 1} for the {n} class names, or {VOID} "
-                "for void"
-            )
+        if wrong := [i for i in find_ids(out["masks"]) if i >= n and i != VOID]:
+            known = f"0 to {n - 1} for the {n} class names, or {VOID} for void"
+            raise ValueError(f"{where}: masks holds the value {wrong[0]}, expected {known}")
     return out
 
 
@@ -199,21 +191,14 @@ def join_pools(a: Pool, b: Pool, *, name: str = "audit") -> tuple[Pool, np.ndarr
 
     def prefix(key: str) -> np.ndarray:
         # a side without groups: every image is one of its own
-        sides = [getattr(pool, key) if getattr(pool, key) is not None else pool.image_ids for pool in (a, b)]
+        sides = [pool.image_ids if getattr(pool, key) is None else getattr(pool, key) for pool in (a, b)]
         # as in the first edition: random streams are keyed by these ids
         return np.concatenate([np.strings.add("members/", sides[0]), np.strings.add("strangers/", sides[1])])
 
-    no_groups = a.groups is None and b.groups is None
     joint = replace(
-        a,
-        name=name,
-        images=join_images([a.images, b.images]),
-        labels=np.concatenate([a.labels, b.labels]),
-        image_ids=prefix("image_ids"),
-        masks=None if a.masks is None else np.concatenate([a.masks, b.masks]),
-        groups=None if no_groups else prefix("groups"),
-        official_split=None,
-        part_boxes=None,
-        part_names=None,
-    )
+        a, name=name, images=join_images([a.images, b.images]), labels=np.concatenate([a.labels, b.labels]),
+        image_ids=prefix("image_ids"), masks=None if a.masks is None else np.concatenate([a.masks, b.masks]),
+        groups=None if a.groups is None and b.groups is None else prefix("groups"),
+        **dict.fromkeys(("official_split", "part_boxes", "part_names")),
+    )  # fmt: skip
     return joint, np.repeat([True, False], [len(a), len(b)])

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,8 +37,8 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {
-    "cifar10": Source(torchvision_sets.load_cifar10),
-    "cifar100": Source(torchvision_sets.load_cifar100),
+    "cifar10": Source(partial(torchvision_sets.load_cifar, "CIFAR10")),
+    "cifar100": Source(partial(torchvision_sets.load_cifar, "CIFAR100")),
     "stl10": Source(torchvision_sets.load_stl10),
     "tiny_imagenet": Source(tiny_imagenet.load_tiny_imagenet),
     "camvid": Source(camvid.load_camvid, stored=(360, 480)),
@@ -69,15 +68,9 @@ def list_names() -> list[str]:
 
 
 def load(
-    name: str,
-    root: str | Path | None = None,
-    *,
-    size: int | tuple[int, int] | None = None,
-    n: int | None = None,
-    seed: int = 0,
-    stream: bool = False,
-    void: int | str | None = "auto",
-) -> Pool:
+    name: str, root: str | Path | None = None, *, size: int | tuple[int, int] | None = None, n: int | None = None,
+    seed: int = 0, stream: bool = False, void: int | str | None = "auto",
+) -> Pool:  # fmt: skip
     """Load a pool by name.
 
     Images that come from files are in the order of their ids, so the same data from another source is the same pool.
@@ -100,8 +93,16 @@ def load(
     """
     if not isinstance(name, str):
         raise ValueError(f"expected the name of a data set, got {name!r}: one of {', '.join(list_names())}")
+    height_width = None
+    if size is not None:
+        pair = [size] * 2 if isinstance(size, (int, np.integer)) else size
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_count, pair)):
+            raise ValueError(f"expected size to be pixels or (height, width), got {size!r}")
+        height_width = int(pair[0]), int(pair[1])
+    if n is not None and not _is_count(n):
+        raise ValueError(f"expected n to be a positive number of images, got {n!r}")
     if name.startswith("folder:"):
-        return _load_folder(name, root, size=_check_size(size), n=_check_n(n), seed=seed, stream=stream, void=void)
+        return _load_folder(name, root, size=height_width, n=n, seed=seed, stream=stream, void=void)
     if stream or void != "auto":
         option = "stream=True" if stream else "void="
         raise ValueError(f"{option} is for image folders (folder:PATH), got {name!r}, one cache file: leave it out")
@@ -109,36 +110,32 @@ def load(
         source, _, space = name.partition("@")
         pool = load(source, root, size=size, n=n, seed=seed)
         return split_carelessly(pool, space) if space in CARELESS else map_labels(pool, space)
-    height_width, n = _check_size(size), _check_n(n)
     if name in scenes.STYLES:
-        if height_width and height_width[0] != height_width[1]:
+        height, width = height_width or (32, 32)
+        if height != width:
             raise ValueError(f"expected one size for {name}, which are square, got {size}")
-        side = height_width[0] if height_width else 32
-        return _load_scenes(name, side, n or 3000, int(seed), cache.find_root(root, needed=False))
-    if not NAME.fullmatch(name):
-        raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(list_names())}")
+        return _load_scenes(name, height, int(n or 3000), int(seed), cache.find_root(root, needed=False))
     source = SOURCES.get(name)
     folder = cache.find_root(root, needed=source is not None)
     if source and source.size:
         height_width = height_width or source.size
-    path = folder and cache.find_cache(folder, name, height_width)
+    path = cache.find_cache(folder, name, height_width) if folder and NAME.fullmatch(name) else None
     if path and source and source.size and path != cache.name_cache(folder, name, height_width):
         if (folder / source.folder).is_dir():
             path = None  # of another size, and the photographs are here: read them again rather than scale twice
     if path is None and source is None:
-        raise ValueError(
-            f"unknown data set {name!r}: expected one of {', '.join(list_names())}, or a file {name}.npz in "
-            f"{folder or root or paths.get_raw_dir()}"
-        )
+        where = f"a file {name}.npz in {folder or root or paths.get_raw_dir()}"
+        raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(list_names())}, or {where}")
     path = path or _make_cache(name, folder, source, height_width)
     pool = make_pool(name, cache.read_cache(path), where=str(path))
     if n is not None:
-        if n > len(pool):
-            raise ValueError(f"expected at most {len(pool)} images from {name}, got n={n}")
-        if n < len(pool):
-            keep = seeds.rng(seed, "datasets.load", name).choice(len(pool), size=n, replace=False)
-            pool = pool.take(np.sort(keep))
+        rows = folders.draw_names(range(len(pool)), n, seeds.rng(seed, "datasets.load", name), name)
+        pool = pool.take(rows) if n < len(pool) else pool
     return _resize(pool, height_width)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
 
 
 def _load_folder(name: str, root: str | Path | None, *, stream: bool, void: int | str | None, **options: Any) -> Pool:
@@ -191,25 +188,6 @@ def make_pool(name: str, arrays: Mapping[str, Any], *, where: str) -> Pool:
     return pool if np.array_equal(order, np.arange(len(pool))) else pool.take(order)
 
 
-def _check_size(size: int | tuple[int, int] | list[int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    pair = (size, size) if isinstance(size, (int, np.integer)) else size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_count, pair)):
-        raise ValueError(f"expected size to be pixels or (height, width), got {size!r}")
-    return int(pair[0]), int(pair[1])
-
-
-def _check_n(n: int | None) -> int | None:
-    if n is not None and not _is_count(n):
-        raise ValueError(f"expected n to be a positive number of images, got {n!r}")
-    return n if n is None else int(n)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
-
-
 def _resize(pool: Pool, size: tuple[int, int] | None) -> Pool:
     if size is None or pool.images.shape[1:3] == size:
         return pool
@@ -217,9 +195,10 @@ def _resize(pool: Pool, size: tuple[int, int] | None) -> Pool:
         raise ValueError(f"{pool.name} has part_boxes, which belong to {pool.images.shape[1:3]} pixels: leave size out")
 
     def fit(array: np.ndarray, how: Image.Resampling) -> np.ndarray:
-        with ThreadPoolExecutor(folders.count_threads()) as executor:
-            rows = executor.map(lambda row: np.asarray(folders.cover(Image.fromarray(row), size, how)), array)
-            return np.stack(list(rows))
+        def scale(row: np.ndarray) -> np.ndarray:
+            return np.asarray(folders.cover(Image.fromarray(row), size, how))
+
+        return np.stack(list(folders.map_files(scale, [(row,) for row in array], title=f"scaling {pool.name}")))
 
     masks = None if pool.masks is None else fit(pool.masks, Image.Resampling.NEAREST)
     return replace(pool, images=fit(pool.images, Image.Resampling.BICUBIC), masks=masks)
@@ -242,22 +221,24 @@ def _make_cache(name: str, folder: Path, source: Source, size: tuple[int, int] |
 def _load_scenes(style: str, size: int, n: int, seed: int, folder: Path | None) -> Pool:
     """Generate scenes, or read them back: the cache is a convenience, so nothing about it can fail a run."""
 
-    def make(arrays: Mapping[str, Any] | None = None) -> Pool:
-        arrays = arrays or scenes.make_scenes(n, size=size, style=style, seed=seed)
+    def make(arrays: Mapping[str, Any]) -> Pool:
         return Pool(name=style, **{"official_split": None, **arrays})
 
+    def draw() -> Pool:
+        return make(scenes.make_scenes(n, size=size, style=style, seed=seed))
+
     def read() -> Pool | None:
-        with contextlib.suppress(ValueError):  # damaged: drawn again
-            return make(cache.read_cache(path)) if path.is_file() else None
+        with contextlib.suppress(ValueError):  # not there, or damaged: drawn again
+            return make(cache.read_cache(path))
 
     if folder is None:
-        return make()
+        return draw()
     # the hash of the drawing code is part of the name: after an edit nobody reads yesterday's images
     code = b"".join(file.read_bytes() for file in sorted(Path(scenes.__file__).parent.glob("*.py")))
     path = folder / f"{style}-{size}px-{n}-seed{seed}-{hashlib.blake2b(code, digest_size=4).hexdigest()}.npz"
     if pool := read():
         return pool
     with contextlib.suppress(ValueError), cache.lock(folder, path.stem):  # a read-only data folder or a full disk
-        pool = read() or make()  # another job may have drawn them meanwhile
+        pool = read() or draw()  # another job may have drawn them meanwhile
         cache.write_cache(path, pool.arrays)
-    return pool or make()
+    return pool or draw()

@@ -40,13 +40,12 @@ WHERE = {
 def load_street(name: str, root: Path, *, size: tuple[int, int]) -> dict[str, Any]:
     """Read street scenes in any layout they are distributed in, with Cityscapes' 19 classes, as arrays of a ``Pool``.
 
-    Cityscapes' groups are blocks of neighbors within each city: the same corner is never on two sides, every city on
-    both.
+    Cityscapes' groups are blocks of neighbors within each city: no corner is on two sides, every city on both.
     """
-    folder = Path(root) / name
+    folder, splits = Path(root) / name, SPLITS.get(name, {"train": "train", "val": "val"})
     for images, changes, config in LAYOUTS[name]:
         files, official = [], []
-        for split, its_official in SPLITS.get(name, {"train": "train", "val": "val"}).items():
+        for split, its_official in splits.items():
             found = [(image, _name_mask(image, folder, changes)) for image in folder.glob(images.format(split=split))]
             if any(mask.parent.is_dir() for _, mask in found) and (folder / config).exists():
                 files += sorted(found)
@@ -54,12 +53,13 @@ def load_street(name: str, root: Path, *, size: tuple[int, int]) -> dict[str, An
         if files:
             break
     else:
-        raise _make_layout_error(name, root)
-    out = pairs.part(folders.decode(partial(pairs.read_pair, size=size), files, title=name))
-    heads = official
+        images, changes, config = LAYOUTS[name][0]
+        images = images.format(split="{" + ",".join(splits) + "}")
+        parts = " and ".join(filter(None, [images, _name_mask(Path(images), Path(), changes).as_posix(), config]))
+        raise FileNotFoundError(f"{name}: expected {folder} with {parts}: unpack {WHERE[name]} (free account) there")
+    out, heads = pairs.part(folders.decode(partial(pairs.read_pair, size=size), files, title=name)), official
     if name == "cityscapes":
-        heads = [image.parent.name for image, _ in files]
-        out["masks"] = _make_cityscapes_table()[out["masks"]]
+        heads, out["masks"] = [image.parent.name for image, _ in files], _make_cityscapes_table()[out["masks"]]
     elif config:
         out["masks"] = read_mapillary_table(folder / config)[out["masks"]]
     out["image_ids"] = np.array([f"{head}/{image.name}" for head, (image, _) in zip(heads, files, strict=True)])
@@ -97,11 +97,3 @@ def read_mapillary_table(config: Path) -> np.ndarray:
     if (table == VOID).all():
         raise ValueError(f"{config}: none of its {len(names)} class names is known: expected version 1.2 or 2.0")
     return table
-
-
-def _make_layout_error(name: str, root: Path) -> FileNotFoundError:
-    images, changes, config = LAYOUTS[name][0]
-    images = images.format(split="{" + ",".join(SPLITS.get(name, ("train", "val"))) + "}")
-    parts = " and ".join(filter(None, [images, _name_mask(Path(images), Path(), changes).as_posix(), config]))
-    where = f"unpack {WHERE[name]} (free account) there"
-    return FileNotFoundError(f"{name}: expected {Path(root) / name} with {parts}: {where}")

@@ -62,11 +62,6 @@ class Solids:
         slant = y + shift * x
         return middle + np.minimum(-bottom - y, slant - top), middle + np.maximum(bottom - y, slant + top)
 
-    def settle(self) -> None:
-        """Prepare what the intersections need, once the solids have their place."""
-        self.inverse = np.linalg.inv(self.poses)
-        self.sizes = np.sqrt((self.poses[:, :3, :3] ** 2).sum(axis=1))  # (K, 3) half lengths
-
     def cross(self, k: int, q: np.ndarray, ray: np.ndarray, erode: np.ndarray | None = None):
         """Where rays of the world from local points q (4, n) enter and leave solid k, whose outline ``erode`` frays.
 
@@ -123,7 +118,7 @@ class Solids:
             normals = self.planes[k][face, :3].T
             s, t = np.where(face >> 1 == 0, deep, wide), np.where(face >> 1 == 1, deep, high)
         else:  # longitude and height
-            cap = np.abs(q[1]) > 1.0 - 1e-6 if self.shapes[k] == ROD else np.zeros(q.shape[1], bool)
+            cap = (self.shapes[k] == ROD) & (np.abs(q[1]) > 1.0 - 1e-6)
             normals = np.where(cap, q * ((0,), (1,), (0,), (0,)), self.quadrics[k] @ q)[:3]
             s = np.where(cap, wide, np.arctan2(q[2], q[0]) * ((self.sizes[k, 0] + self.sizes[k, 2]) / 2))
             t, face = np.where(cap, deep, high), 2 * cap
@@ -144,6 +139,6 @@ def make_bounds(shape: int, taper: tuple) -> tuple[np.ndarray | None, np.ndarray
         return None, np.diag((1.0, 1.0, 1.0, -1.0))
     if shape == ROD:  # x^2 + z^2 = (radius in the middle + growth of the radius with y)^2
         radius = np.array((0.0, (x - 1) / 2, 0.0, (x + 1) / 2))
-        return np.array(CAPS), np.diag((1.0, 0.0, 1.0, 0.0)) - np.outer(radius, radius)
+        return np.array(CAPS, float), np.diag((1.0, 0.0, 1.0, 0.0)) - np.outer(radius, radius)
     right, left = (1, (1 - x - shift) / 2, 0, -(1 + x + shift) / 2), (-1, (1 - x + shift) / 2, 0, -(1 + x - shift) / 2)
     return np.array([right, left, *CAPS, *((0, (1 - z) / 2, sign, -(1 + z) / 2) for sign in (1, -1))]), None

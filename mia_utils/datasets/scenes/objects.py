@@ -198,10 +198,11 @@ def _build_boat(m: Solids, d: Dice) -> None:
         m.rod("mast", wood, (mast, high, 0), (mast, 2 * high + tall, 0), 0.045, 0.03)
         cloth = [Material(d, "cloth", "stripes", "plaid", "checks", "plaster") for _ in range(2)]
         boom, top = d(0.28, 0.4), tall * 0.46
-        m.block("sail", cloth[0], (mast - boom - 0.06, 2 * high + 0.14 + top, 0), (boom, top, 0.03), top=(0.02, 1),
-            shift=0.98)
-        m.block("sail", cloth[1], (mast + boom * 0.85 + 0.06, 2 * high + 0.16 + top * 0.8, 0),
-            (boom * 0.85, top * 0.8, 0.03), top=(0.02, 1), shift=-0.98)
+        at, half = (mast - boom - 0.06, 2 * high + 0.14 + top, 0), (boom, top, 0.03)
+        m.block("sail", cloth[0], at, half, top=(0.02, 1), shift=0.98)
+        boom, top = boom * 0.85, top * 0.8
+        at, half = (mast + boom + 0.06, 2 * high + 0.16 + top, 0), (boom, top, 0.03)
+        m.block("sail", cloth[1], at, half, top=(0.02, 1), shift=-0.98)
     else:
         cabin, tall = Material(d, "plaster", "paint", "planks"), d(0.22, 0.34)
         at = d(-0.4, 0.1)

@@ -75,6 +75,8 @@ def place(dice: Dice, solids: Solids, yaws: list[tuple[float, float]]):
         move = np.diag((scale, scale, scale, 1.0))
         move[:3, 3] = shift
         solids.poses[mine] = move @ solids.poses[mine]
+    solids.inverse = np.linalg.inv(solids.poses)
+    solids.sizes = np.sqrt((solids.poses[:, :3, :3] ** 2).sum(axis=1))  # (K, 3) half lengths
     return right, up, ray, origin
 
 
@@ -99,7 +101,6 @@ def render(rng: np.random.Generator, size: int, style: str):
         KINDS[kind][0](solids, dice)
     solids.make_arrays()
     right, up, ray, origin = place(dice, solids, [KINDS[kind][1] for kind in kinds])
-    solids.settle()
 
     # One light: a sun, a window or (at night) a lamp, from the side so that shadows are seen, never from behind.
     azimuth, height = math.radians(dice(-12, 60)), math.radians(dice(28, 58))
@@ -128,86 +129,78 @@ def render(rng: np.random.Generator, size: int, style: str):
         for _, here, enter, leave in solids.sweep(low[2:4], high[2:4], grid, on_ground, light):
             shadow[here] |= (enter < leave) & (leave > 1e-6)
 
-        # From here on samples are sorted by material, so that what shares one is a slice: wall, ground, solids.
+        # What every sample shows: 0 the wall, 1 the ground, 2 ... the solids.
         horizon = max(origin[1] + up[2] * -high[4].max() + 0.02, dice(0.3, 0.72))
         slope = math.tan(math.radians(dice(-14, 14))) if indoors else 0.0
         below = horizon + slope * (u - 0.5) - v
-        code = np.where(nearest.ravel() >= 0, nearest.ravel() + 2, below > 0).astype(np.int16)
+        nearest = nearest.ravel()
+        code = np.where(nearest >= 0, nearest + 2, below > 0).astype(np.int16)
         order = np.argsort(code, kind="stable")
-        bounds = np.searchsorted(code[order], np.arange(len(solids.parts) + 3)).tolist()
-        n_wall, n_back = bounds[1:3]
-        seen, owner = order[n_back:], code[order[n_back:]] - 2
-        points = frame @ grid.reshape(3, -1).take(seen, axis=1) + ray[:, None] * depth.ravel().take(seen)
+        shown = np.split(order, np.searchsorted(code[order], np.arange(1, len(solids.parts) + 2)))
+        wall, ground, seen = *shown[:2], np.concatenate(shown[2:])
+        points = frame @ grid.reshape(3, -1)
+        points[:, seen] += ray[:, None] * depth.ravel()[seen]
         # Small things (an eye, a rung) cast no shadow worth its price on other solids.
-        blocked = np.zeros(len(seen), bool)
+        blocked, owner, mine = np.zeros(len(seen), bool), nearest[seen], points[:, seen]
         for k in np.flatnonzero(((high[:2] - low[:2]).min(axis=0) > 0.06) & (solids.sizes.max(axis=1) > 0.05)):
-            enter, leave = solids.cross(k, solids.inverse[k] @ points, light)
+            enter, leave = solids.cross(k, solids.inverse[k] @ mine, light)
             blocked |= (enter < leave) & (leave > 0.012) & (owner != k)
 
-    # Surface coordinates and light: of the wall, of the ground in perspective, of the solids.
-    floor, wall = furnish(dice, kinds[0], indoors)
-    materials = [wall, floor, *solids.materials]
-    u_sorted, v_sorted, ground = u.take(order), v.take(order), order[n_wall:n_back]
-    s, t, normals, face = u_sorted.copy(), v_sorted.copy(), np.empty((3, len(seen))), np.empty(len(seen), np.int16)
-    far = 0.55 / np.maximum(below.take(ground) + (0.35 if indoors else 0.12), 0.05)
-    s[n_wall:n_back], t[n_wall:n_back] = (u_sorted[n_wall:n_back] - 0.5) * far, 0.75 * far
-    for k, (start, stop) in enumerate(zip(bounds[2:-1], bounds[3:], strict=True)):
-        if start < stop:
-            here = slice(start - n_back, stop - n_back)
-            normals[:, here], s[start:stop], t[start:stop], face[here] = solids.describe(k, points[:, here])
-    # Soft shadow on the ground: sharp enough to have a form, wide enough for a lamp that is not a point.
+    # Surface coordinates: of the wall, of the ground in perspective, of the solids.
+    far = 0.55 / np.maximum(below[ground] + (0.35 if indoors else 0.12), 0.05)
+    s, t, normals, face = u.copy(), v.copy(), np.zeros((3, len(u))), np.zeros(len(u), np.int16)
+    s[ground], t[ground] = (u[ground] - 0.5) * far, 0.75 * far
+    for k, here in enumerate(shown[2:]):
+        normals[:, here], s[here], t[here], face[here] = solids.describe(k, points[:, here])
+
+    # Light. The soft shadow on the ground has a form, yet is that of a lamp that is not a point.
     blur, wide = make_blur(side, 0.012), make_blur(side, 0.05)
-    contact = (wide @ (shadow | (nearest >= 0)) @ wide.T).ravel().take(order[:n_back])
-    lit, sky, highlight = np.empty(side * side), np.empty(side * side), np.zeros(side * side)
+    contact = wide @ (shadow | (depth < np.inf)) @ wide.T
+    lit, sky, highlight = light[:3] @ normals, 1.0 - 0.5 * contact.ravel(), np.zeros(len(u))
     # A wall is brighter towards the side that the light comes from.
-    lit[:n_wall] = (0.3 + 0.55 * max(light[2], 0.0)) * (1.0 + light[0] * right[0] * 1.2 * (u_sorted[:n_wall] - 0.5))
-    lit[n_wall:n_back] = light[1] * (1.0 - 0.95 * (blur @ shadow.astype(float) @ blur.T).ravel().take(ground))
-    sky[:n_back] = 1.0 - 0.5 * contact
-    sky[:n_wall] *= 0.75
+    lit[wall] = (0.3 + 0.55 * max(light[2], 0.0)) * (1.0 + light[0] * right[0] * 1.2 * (u[wall] - 0.5))
+    lit[ground] = light[1] * (1.0 - 0.95 * (blur @ shadow.astype(float) @ blur.T).ravel()[ground])
+    lit[seen] = np.maximum(lit[seen], 0.0) * ~blocked
+    sky[wall] *= 0.75
     # Less of the sky reaches what looks down and what is near the floor.
-    lit[n_back:] = np.maximum(light[:3] @ normals, 0.0) * ~blocked
-    sky[n_back:] = (0.6 + 0.4 * normals[1]) * (0.55 + 0.45 * np.minimum(points[1] / 0.12, 1.0))
-    half = light - ray
-    shine = np.maximum((half[:3] / math.sqrt(half @ half)) @ normals, 0.0) * ~blocked
-    for _ in range(3):
-        shine *= shine
-    highlight[n_back:] = shine * shine * shine  # to the power of 24
+    sky[seen] = (0.6 + 0.4 * normals[1, seen]) * (0.55 + 0.45 * np.minimum(mine[1] / 0.12, 1.0))
+    half = (light - ray)[:3]
+    shine = (np.maximum((half / math.sqrt(half @ half)) @ normals[:, seen], 0.0) * ~blocked) ** 2
+    shine = (shine**2) ** 2
+    highlight[seen] = shine * shine * shine  # to the power of 24
 
     # Texture: noise in the coordinates of each surface, mixed by the pattern of its material.
+    floor, back = furnish(dice, kinds[0], indoors)
+    materials = [back, floor, *solids.materials]
     table = np.array([(*m.stretch, *m.offset, m.glow, m.gloss) for m in materials]).T
-    sx, sy, ox, oy, glow, gloss = np.repeat(table, np.diff(bounds), axis=1)
+    sx, sy, ox, oy, glow, gloss = table.take(code, axis=1)
     x, y = sx * s, sy * t
     coarse = look_up(bank, 9.0 * x + ox, 9.0 * y + oy)
     fine = look_up(bank, 23.0 * x + oy, 23.0 * y + ox)
     for rate in (51.0, 113.0, 233.0):
         if rate < 0.9 * size:  # finer than a pixel it would only average out
             fine += 0.75 * look_up(bank, rate * x + ox, rate * y + oy)
-    albedo = np.empty((3, side * side))
-    for material, start, stop in zip(materials, bounds[:-1], bounds[1:], strict=True):
-        if start < stop:
-            here = slice(start, stop)
-            weight, shade = weave_pattern(material, s[here], t[here], coarse[here], fine[here])
-            first, second = material.colors
-            albedo[:, here] = np.outer(first, shade) + np.outer(second - first, weight * shade)
+    albedo = np.empty((3, len(u)))
+    for material, here in zip(materials, shown, strict=True):
+        weight, shade = weave_pattern(material, s[here], t[here], coarse[here], fine[here])
+        first, second = material.colors
+        albedo[:, here] = np.outer(first, shade) + np.outer(second - first, weight * shade)
 
-    lights, bare_sky = (lit, sky, highlight * gloss, glow), wall.kind == "sky"
-    image = np.empty_like(albedo)
-    image[:, order] = expose(dice, albedo, lights, u_sorted, v_sorted, n_wall, night=night, bare_sky=bare_sky)
+    lights = lit, sky, highlight * gloss, glow
+    image = expose(dice, albedo, lights, u, v, wall, night=night, bare_sky=back.kind == "sky")
     if sketch:
-        marks = code * np.int16(8)
-        marks[seen] += face
-        image = draw_pencil(dice, image, bank, code, marks, u, v, size)
-    image = image.reshape(3, size, over, size, over).mean(axis=(2, 4))
-    image = sense(rng, dice, image, night=night, sketch=sketch)
+        image = draw_pencil(dice, image, bank, code, code * np.int16(8) + face, u, v, size)
+    image = image.reshape(3, size, over, size, over)
+    image = (image[:, :, 0] + image[:, :, -1]) / 2  # of one or two samples; numpy's mean is slow on short axes
+    image = sense(rng, dice, (image[..., 0] + image[..., -1]) / 2, night=night, sketch=sketch)
 
     # Semantic mask, and boxes around what is seen of the parts of the main object.
     classes = np.array([0, 1, *(2 + CLASS_NAMES.index(kinds[i]) for i in solids.objects)], dtype=np.uint8)
     mask = classes[code].reshape(side, side)[over // 2 :: over, over // 2 :: over]
     boxes = np.full((len(PART_NAMES), 4), np.nan, dtype=np.float32)
-    parts = np.where(solids.objects == 0, [PART_NAMES.index(part) for part in solids.parts], -1)[owner]
-    places = np.stack(np.divmod(seen, side))
+    parts = np.where(solids.objects == 0, [PART_NAMES.index(part) for part in solids.parts], -1)
     for part in np.unique(parts[parts >= 0]):
-        here = places[:, parts == part]
+        here = np.stack(np.divmod(np.flatnonzero(np.append((-1, -1), parts)[code] == part), side))
         if here.shape[1] >= over * over:  # at least a pixel of it
             boxes[part] = np.concatenate([here.min(axis=1), here.max(axis=1) + 1]) / over
     return image, mask, label, boxes
@@ -233,8 +226,8 @@ def furnish(dice: Dice, kind: str, indoors: bool) -> tuple[Material, Material]:
     return floor, wall
 
 
-def expose(dice, albedo, lights, u, v, n_wall: int, *, night: bool, bare_sky: bool) -> np.ndarray:
-    """Light samples (3, n) at u, v, the wall's first, like a good photograph; ``lights``: lamp, sky, highlight, own."""
+def expose(dice, albedo, lights, u, v, wall, *, night: bool, bare_sky: bool) -> np.ndarray:
+    """Light samples (3, n) like a good photograph; lights: of lamp, sky, highlight, their own; wall: its samples."""
     lit, sky, highlight, glow = lights
     if night:
         lamp = np.array((1.0, dice(0.62, 0.82), dice(0.3, 0.55)))
@@ -244,21 +237,21 @@ def expose(dice, albedo, lights, u, v, n_wall: int, *, night: bool, bare_sky: bo
         lit *= 1.6 * pool
         highlight *= pool
         if bare_sky:
-            lit[:n_wall] = 0.02
+            lit[wall] = 0.02
     else:
         warmth = dice(-0.12, 0.16)
         lamp = np.array((1.0 + warmth, 1.0, 1.0 - warmth)) * dice(0.85, 1.3)
         fill = np.array((0.92, 0.97, 1.08)) * dice(0.16, 0.38)
         glow *= 0.1
         if bare_sky:  # a sky gives light instead of receiving it; it is paler towards the horizon
-            lit[:n_wall], sky[:n_wall] = 0.75 - 0.25 * v[:n_wall], 1.0
+            lit[wall], sky[wall] = 0.75 - 0.25 * v[wall], 1.0
     image = albedo * (np.outer(lamp, lit) + np.outer(fill, sky)) + np.outer(0.7 * lamp, highlight)
     image += glow * (0.25 + albedo) * np.array(((1.0,), (0.72,), (0.38,)))
     if night and bare_sky:
         for _ in range(int(dice(0, 6))):  # distant lights, out of focus
-            far = np.hypot(u[:n_wall] - dice(), v[:n_wall] - dice(0.4, 1.0)) / dice(0.012, 0.045)
+            far = np.hypot(u[wall] - dice(), v[wall] - dice(0.4, 1.0)) / dice(0.012, 0.045)
             color = np.array((1.0, dice(0.4, 0.9), dice(0.1, 0.9))) * dice(0.1, 0.35)
-            image[:, :n_wall] += np.outer(color, np.clip(3.0 - 3.0 * far, 0.0, 1.0))
+            image[:, wall] += np.outer(color, np.clip(3.0 - 3.0 * far, 0.0, 1.0))
     return image * ((dice(0.06, 0.1) if night else dice(0.16, 0.34)) / image.mean())
 
 
