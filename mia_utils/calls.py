@@ -21,73 +21,46 @@ DECODER_IMAGES = 512  # that an attacker trains a decoder of their own with
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is attacked: a model of the profile, possibly behind a defense that needs no model of its own.
-
-    Attributes:
-        id: model of the profile.
-        defense: name of ``models.outputs.OUTPUTS`` (the outputs are perturbed, the shadow's too) or
-            ``"early-stopping"`` (target and shadow as they were at an epoch); None: the model as it is.
-        strength: of the defense, in its own unit; the epoch for early stopping.
-    """
+    """What is attacked: a model of the profile, possibly behind a defense that needs no model of its own."""
 
     id: str
+    # of models.outputs.OUTPUTS (perturbs what is output, the shadow's too), or "early-stopping" (both as at an epoch)
     defense: str | None = None
-    strength: float | None = None
+    strength: float | None = None  # in the defense's own unit; the epoch for early stopping
 
 
 @dataclasses.dataclass(frozen=True)
 class Attacker:
-    """What an attacker has.
+    """What an attacker has."""
 
-    Attributes:
-        knowledge: ``"partial"`` (the membership of the images outside the scored fold) or ``"shadow"``.
-        shadow: model that stands in for the target; None with shadow knowledge: ``lab.shadow_of(target)``.
-        share: share of the attack-training images whose membership is known.
-        reference: model of role ``reference`` whose distance is subtracted (``mim``: ``alpha`` times), or a list of
-            models, by which any score is calibrated (the mean log ratio; ``attacks.reference``).
-        reference_checkpoint: epoch of the references: the target's, or calibration is spoiled; None: their end.
-        decoder: ``"own"`` is the target's decoder; ``"attacker"`` one trained over the frozen encoder on other images.
-        decoder_epochs: of the attacker's decoder, at most those of the target.
-        attacker: ``"adaptive"`` learned from defended outputs, ``"static"`` before there was a defense.
-    """
-
-    knowledge: str = "partial"
-    shadow: str | None = None
-    share: float = 1.0
+    knowledge: str = "partial"  # the membership of the images outside the scored fold; or "shadow"
+    shadow: str | None = None  # model that stands in for the target; None with shadow knowledge: lab.shadow_of(target)
+    share: float = 1.0  # of the attack-training images whose membership is known
+    # one model: its distance is subtracted (mim: alpha times); a list: their mean log ratio calibrates any score
     reference: str | list[str] | None = None
-    reference_checkpoint: int | None = None
-    decoder: str = "own"
-    decoder_epochs: int = 200
-    attacker: str = "adaptive"
+    reference_checkpoint: int | None = None  # of the references: the target's, or calibration is spoiled; None: the end
+    decoder: str = "own"  # the target's; "attacker": trained over the frozen encoder on other images
+    decoder_epochs: int = 200  # of the attacker's decoder, at most those of the target
+    attacker: str = "adaptive"  # learned from defended outputs; "static": before there was a defense
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Everything one evaluation depends on, resolved; ``identity`` is what its key is made of.
-
-    Attributes:
-        attack, target, attacker, protocol, n_nonmembers: as given to ``lab.run``.
-        row: the target's model.
-        knowledge: ``"partial"`` or ``"shadow:PET"`` (which of distribution, encoder, training the shadow shares).
-        shadow: model, or None.
-        checkpoint, shadow_checkpoint: epochs; None: the end of training.
-        plain, plain_shadow: what a static attacker learned from, undefended.
-        params: parameters of the attack.
-    """
+    """Everything one evaluation depends on, resolved; ``identity`` is what its key is made of."""
 
     attack: str
     target: Target
     attacker: Attacker
-    row: Row
-    knowledge: str
+    row: Row  # the target's model
+    knowledge: str  # "partial" or "shadow:PET": which of distribution, encoder, training the shadow shares
     shadow: str | None
     protocol: str
-    checkpoint: int | None
+    checkpoint: int | None  # None: the end of training, as of the shadow
     shadow_checkpoint: int | None
     n_nonmembers: int | None
-    plain: str | None
+    plain: str | None  # what a static attacker learned from, undefended
     plain_shadow: str | None
-    params: dict[str, Any]
+    params: dict[str, Any]  # of the attack
 
     @property
     def models(self) -> list[str]:
@@ -112,10 +85,10 @@ class Call:
 
 
 def resolve(
-    lab: Lab, attack: str, target: Target, attacker: Attacker, *, protocol: str = "controlled", checkpoint: int | None = None,
+    lab: Lab, attack: str, target: Target, attacker: Attacker, *, protocol: str, checkpoint: int | None,
     shadow_checkpoint: int | None = None, n_nonmembers: int | None = None, **params: Any,
 ) -> Call:  # fmt: skip
-    """Check a call and fill in the shadow and what a static attacker learned from; ValueError says what does not fit."""
+    """Check a call, fill in the shadow and what a static attacker learned from; ValueError says what does not fit."""
     row = lab.profile.row(target.id)
     if target.defense == "early-stopping":
         checkpoint = shadow_checkpoint = int(target.strength)
@@ -148,7 +121,7 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
 
     row, seed = call.row, call.row.seed
     pool, split = lab.pool(row.dataset), lab.split(row.id)
-    lab.model(row.id)
+    split_hash = split.hash
     if call.n_nonmembers is not None and call.n_nonmembers < len(split.target_nonmembers):
         order = seeds.rng(split.seed, "fewer-strangers").permutation(split.target_nonmembers)
         split = dataclasses.replace(split, target_nonmembers=np.sort(order[: call.n_nonmembers]))
@@ -156,35 +129,24 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
         other, dataset = lab.split(call.shadow), lab.profile.row(call.shadow).dataset
         if dataset != row.dataset:
             pool, split = splits.join(pool, split, lab.pool(dataset), other)
-        elif other.hash != lab.split(row.id).hash:
+        elif other.hash != split_hash:
             raise ValueError(f"{call.shadow} was trained on another split than {row.id}: train both again")
 
     def query(model_id: str | None, epoch: int | None, stream: int | None = None) -> Any:
         model = _get_model(lab, call, model_id, epoch) if model_id else None
-        if model is None or stream is None:
-            return model
-        return defend(model, defense=call.target.defense, strength=call.target.strength, seed=stream)
+        return model if model is None or stream is None else defend(model, call.target, seed=stream)
 
     who = call.attacker
     references = [query(name, who.reference_checkpoint) for name in _as_names(who.reference)]
-    learned = (query(call.plain, None), query(call.plain_shadow, None)) if call.plain else None
     return attacks.evaluate(
-        call.attack,
-        query(row.id, call.checkpoint, seed),
-        pool,
-        split,
-        knowledge=call.knowledge,
+        call.attack, query(row.id, call.checkpoint, seed), pool, split, knowledge=call.knowledge,
         shadow=query(call.shadow, call.shadow_checkpoint, seeds.derive(seed, "shadow")),
         reference=references if isinstance(who.reference, list | tuple) else next(iter(references), None),
         untrained=query(row.id, 0, seed) if controls else None,
-        protocol=call.protocol,
-        seed=seed,
-        cache=_cache_features,
-        controls=controls,
-        known_share=call.attacker.share,
-        learned_from=learned,
+        learned_from=(query(call.plain, None), query(call.plain_shadow, None)) if call.plain else None,
+        protocol=call.protocol, seed=seed, cache=_cache_features, controls=controls, known_share=who.share,
         **call.params,
-    )
+    )  # fmt: skip
 
 
 def describe(lab: Lab, call: Call) -> dict[str, Any]:
@@ -193,23 +155,22 @@ def describe(lab: Lab, call: Call) -> dict[str, Any]:
     run, other = lab.model(row.id), lab.profile.row(call.shadow) if call.shadow else None
     defended = what.defense is not None or row.defense != "none"
     checkpoint = row.epochs if call.checkpoint is None else call.checkpoint
-    facts = describe_model(row) | dict(
-        attack=call.attack, seed=row.seed, knowledge=call.knowledge, protocol=call.protocol
-    )
-    facts |= dict(checkpoint=checkpoint, subsample=call.n_nonmembers, shadow=results.drop_seed(call.shadow, row.seed))
-    facts |= dict(shadow_method=other and other.method, shadow_dataset=other and other.dataset)
-    facts |= dict(shadow_checkpoint=call.shadow_checkpoint, known_share=who.share, decoder=who.decoder)
-    names = [results.drop_seed(name, row.seed) for name in _as_names(who.reference)]
-    facts |= dict(reference=", ".join(names) or None, train_seconds=run.seconds)
-    facts |= dict(reference_checkpoint=who.reference_checkpoint if names else None)
-    facts |= dict(calibration="log-ratio" if isinstance(who.reference, list | tuple) else None)
-    facts |= dict(defense=what.defense or row.defense, attacker=who.attacker if defended else "static")
-    facts |= dict(strength=row.strength if what.defense is None else what.strength)
+    references = [results.drop_seed(name, row.seed) for name in _as_names(who.reference)]
     utility = lab.measure(row.id, defense=what.defense, strength=what.strength) if what.defense else run.utility
-    facts |= dict(
-        utility=utility.get("probe", utility.get("miou")), utility_untrained=run.utility.get("probe_untrained")
-    )
-    facts |= dict(knn=utility.get("knn"))
+    own = {name: getattr(row, name) for name in "role method arch dataset n_train epochs augmentation".split()}
+    facts = {"target": results.drop_seed(row.id, row.seed), "model_id": row.id, **own} | dict(
+        attack=call.attack, seed=row.seed, knowledge=call.knowledge, protocol=call.protocol, checkpoint=checkpoint,
+        subsample=call.n_nonmembers, shadow=results.drop_seed(call.shadow, row.seed),
+        shadow_method=other and other.method, shadow_dataset=other and other.dataset,
+        shadow_checkpoint=call.shadow_checkpoint, known_share=who.share, decoder=who.decoder,
+        reference=", ".join(references) or None, train_seconds=run.seconds,
+        reference_checkpoint=who.reference_checkpoint if references else None,
+        calibration="log-ratio" if isinstance(who.reference, list | tuple) else None,
+        defense=what.defense or row.defense, attacker=who.attacker if defended else "static",
+        strength=row.strength if what.defense is None else what.strength,
+        utility=utility.get("probe", utility.get("miou")), utility_untrained=run.utility.get("probe_untrained"),
+        knn=utility.get("knn"),
+    )  # fmt: skip
     attacked = run.history[run.history["epoch"] == checkpoint]
     for name in ("miou", "miou_members"):  # of a segmenter's checkpoint, or behind a defense of its output
         if name in attacked and len(attacked):
@@ -218,23 +179,16 @@ def describe(lab: Lab, call: Call) -> dict[str, Any]:
     return facts
 
 
-def describe_model(row: Row) -> dict[str, Any]:
-    """Facts of a model: columns of the results."""
-    facts = {
-        key: getattr(row, key) for key in ("role", "method", "arch", "dataset", "n_train", "epochs", "augmentation")
-    }
-    return {"target": results.drop_seed(row.id, row.seed), "model_id": row.id, **facts}
-
-
 def compare(row: Row, shadow: Row) -> str:
     """Which of pre-training data, encoder and training a shadow shares with its target, as ``"PE-"``."""
     segmenting = row.method in profiles.SEGMENTERS  # their method is the network
-    recipe = [
-        {**get_options(r), "method": "" if segmenting else r.method, "aug": r.augmentation} for r in (row, shadow)
-    ]
-    encoder = [(r.arch, r.method if segmenting else "") for r in (row, shadow)]
-    same = [row.dataset == shadow.dataset, encoder[0] == encoder[1], recipe[0] == recipe[1]]
-    return "".join(letter if ok else "-" for letter, ok in zip("PET", same, strict=True))
+
+    def describe_sides(r: Row) -> tuple:
+        network, recipe = (r.method, "") if segmenting else ("", r.method)
+        return r.dataset, (r.arch, network), {**get_options(r), "method": recipe, "aug": r.augmentation}
+
+    sides = zip("PET", describe_sides(row), describe_sides(shadow), strict=True)
+    return "".join(letter if one == other else "-" for letter, one, other in sides)
 
 
 def get_options(row: Row, *without: str | None) -> dict[str, Any]:
@@ -246,17 +200,17 @@ def _as_names(models: str | list[str] | None) -> list[str]:
     return [models] if isinstance(models, str) else list(models or [])
 
 
-def defend(model: Any, *, defense: str | None, strength: float | None, seed: int) -> Any:
+def defend(model: Any, target: Target, *, seed: int) -> Any:
     """Perturb what a model outputs; early stopping has chosen its weights already."""
-    if defense is None or defense == "early-stopping":
+    if target.defense in (None, "early-stopping"):
         return model
     from mia_utils.models import outputs  # imports torch
 
-    return outputs.perturb(model, defense, strength, seed=seed)
+    return outputs.perturb(model, target.defense, target.strength, seed=seed)
 
 
 def _get_model(lab: Lab, call: Call, model_id: str, epoch: int | None) -> Any:
-    """Return a model as an attack queries it: the encoder, or encoder and decoder together."""
+    """A model as an attack queries it: the encoder, or encoder and decoder together."""
     from mia_utils import attacks  # imports torch
 
     run, decoder = lab.model(model_id), call.attacker.decoder
@@ -271,7 +225,7 @@ def _get_model(lab: Lab, call: Call, model_id: str, epoch: int | None) -> Any:
 
 
 def _attach_decoder(lab: Lab, call: Call, model_id: str, epoch: int | None) -> Any:
-    """Return a frozen encoder with a decoder that the attacker trained on images outside all roles, kept on disk."""
+    """A frozen encoder with a decoder that the attacker trained on images outside all roles, kept on disk."""
     from mia_utils.attacks import mim  # imports torch
 
     row, run, split = lab.profile.row(model_id), lab.model(model_id), lab.split(model_id)

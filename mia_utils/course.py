@@ -6,7 +6,6 @@ import ast
 import functools
 import inspect
 import io
-import math
 import runpy
 import sys
 import textwrap
@@ -99,13 +98,9 @@ class Checks:
     def finding(self, text: str, value: float, low: float, high: float) -> None:
         """Compare a number with its band; ``finish`` raises when it lies outside in a judged run."""
         line = f"{text}: {value:.3g}, band [{low:g}, {high:g}]"
-        if math.isfinite(value) and low <= value <= high:
-            print(f"found    {line}")
-        elif self.is_judged:
-            self._failed.append(line)
-            print(f"OUTSIDE  {line}")
-        else:
-            print(f"open     {line}; {self._reason}")
+        word = "found" if low <= value <= high else "OUTSIDE" if self.is_judged else "open"  # NaN is outside
+        print(f"{word:8} {line}" + (f"; {self._reason}" if word == "open" else ""))
+        self._failed += [line] if word == "OUTSIDE" else []
 
     def controls(self, table: pd.DataFrame) -> pd.DataFrame:
         """Judge and return the control rows of the controlled protocol (:func:`judge_controls`): none is rejected."""
@@ -113,8 +108,7 @@ class Checks:
         for row in verdict[verdict["rejected"]].itertuples():
             line = f"control {row.control} (p {row.p:.2g}, after Holm {row.p_holm:.2g})"
             print(f"CONTROL FAILED  {line}: what the attack says cannot be trusted until this is explained")
-            if self.is_judged:
-                self._failed.append(line)
+            self._failed += [line] if self.is_judged else []
         if not len(verdict):
             print("open     no control was run")
         elif not verdict["rejected"].any():

@@ -6,6 +6,8 @@ importing torch. ``lab.results`` is the table of everything measured; figures ar
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ import pandas as pd
 from mia_utils import calls, results
 from mia_utils.calls import Attacker, Target
 from mia_utils.runner import artifacts, profiles, train
-from mia_utils.runner.profiles import Profile, Row
+from mia_utils.runner.profiles import Row
 
 if TYPE_CHECKING:
     from mia_utils.datasets import Pool
@@ -25,39 +27,22 @@ if TYPE_CHECKING:
     from mia_utils.protocol.splits import Split
 
 
-def open(profile: str) -> Lab:  # noqa: A001 - lab.open is the public name
-    """Open the lab of a profile by its name."""
-    return Lab(profile)
-
-
-_ATTACKER = {"attacker": "attacker", "known_share": "share", "knowledge": "knowledge", "shadow": "shadow"}
-_ATTACKER |= {name: name for name in ("reference", "reference_checkpoint", "decoder", "decoder_epochs")}
+_ATTACKER = {"known_share" if f.name == "share" else f.name: f.name for f in dataclasses.fields(Attacker)}
 
 
 class Lab:
-    """Models, splits and results of one profile.
+    """Models, splits and results of one profile."""
 
-    Attributes:
-        profile: the validated profile.
-        name: its name; results and figures are kept under it.
-    """
-
-    def __init__(self, profile: str | Profile):
-        self.profile = profiles.load(profile) if isinstance(profile, str) else profile
-        self.name = self.profile.name
+    def __init__(self, profile: str):
+        self.profile, self.name = profiles.load(profile), profile
         self.store = results.Store(self.name)
         self._pools: dict[str, Pool] = {}
         self._runs: dict[str, Run] = {}
         self._noted: dict[tuple[str, str], list[str]] = {}
         self._table: pd.DataFrame | None = None
 
-    # -------------------------------------------------------------------------------------------------------- models
-
     def models(self, **filters: Any) -> list[Row]:
-        """Return the models whose fields equal the filters: ``models(role="target", seed=0, study="main")``.
-
-        Defended models come only when they are asked for: ``models(defense="dp-sgd")``, ``models(study="defenses")``.
-        """
+        """Return the models whose fields equal the filters; defended ones where ``defense`` or ``study`` is named."""
         if not {"defense", "study"} & set(filters):
             filters["defense"] = "none"
         return [row for row in self.profile.models if all(getattr(row, k) == v for k, v in filters.items())]
@@ -70,13 +55,8 @@ class Lab:
         """Return a shadow on the same split (of the same method unless another is named), None if absent."""
         row = self.profile.row(model_id)
         wanted = dict(role="shadow", dataset=row.dataset, n_train=row.n_train, seed=row.seed, defense=row.defense)
-        found = [r for r in self.models(**wanted, method=method or row.method) if r.strength == row.strength]
-
-        def differs(shadow: Row) -> tuple:  # the same architecture first, then the same options, the plain recipe
-            mine, others = (calls.get_options(r) for r in (row, shadow))
-            return shadow.arch != row.arch, mine != others, shadow.study not in ("main", row.study)
-
-        return min(found, key=differs).id if found else None
+        found = self.models(**wanted, strength=row.strength, method=method or row.method)
+        return _find_nearest(row, found) if found else None
 
     def undefended_of(self, model_id: str) -> str:
         """Return the model that a defended one differs from by its defense alone."""
@@ -84,16 +64,9 @@ class Lab:
         if row.defense == "none":
             return model_id
         same = {key: getattr(row, key) for key in ("role", "method", "arch", "dataset", "n_train", "seed")}
-        found = self.models(defense="none", **same)
-        own = profiles.STRENGTHS[row.defense]
-
-        def differs(r: Row) -> tuple:
-            mine, others = (calls.get_options(x, own) for x in (row, r))
-            return mine != others, r.augmentation != "none", r.epochs != row.epochs, r.study not in ("main", row.study)
-
-        if not found:
+        if not (found := self.models(defense="none", **same)):
             raise ValueError(f"profile {self.name} has no undefended model for {model_id}: add one")
-        return min(found, key=differs).id
+        return _find_nearest(row, found, profiles.STRENGTHS[row.defense])
 
     def pool(self, dataset: str) -> Pool:
         """Load a data set with the profile's arguments, once."""
@@ -103,19 +76,20 @@ class Lab:
 
     def has_data(self, dataset: str) -> bool:
         """Whether a data set can be read here."""
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError):
             return self.pool(dataset) is not None
-        except (FileNotFoundError, ValueError):
-            return False
+        return False
+
+    def _find(self, model_id: str) -> Path | None:
+        return artifacts.find(train.spec_of(self.profile, self.profile.row(model_id)))
 
     def is_trained(self, model_id: str) -> bool:
         """Whether the artifact of a model exists."""
-        return artifacts.find(train.spec_of(self.profile, self.profile.row(model_id))) is not None
+        return self._find(model_id) is not None
 
     def folder(self, model_id: str) -> Path:
         """Return the artifact of a model; a model that is not trained is one line that says how to train it."""
-        folder = artifacts.find(train.spec_of(self.profile, self.profile.row(model_id)))
-        if folder is None:
+        if (folder := self._find(model_id)) is None:
             command = f"python -m mia_utils.runner.train {self.name} {model_id}"
             raise FileNotFoundError(f"model {model_id} of profile {self.name} is not trained yet: run {command}")
         return folder
@@ -133,25 +107,14 @@ class Lab:
         from mia_utils.protocol.splits import Split  # not needed where results are only read
 
         row = self.profile.row(model_id)
-        if self.is_trained(model_id):
-            return Split.load(self.folder(model_id) / "split.npz")
+        if (folder := self._find(model_id)) is not None:
+            return Split.load(folder / "split.npz")
         return train.draw_split(self.profile, row, self.pool(row.dataset))
 
-    # ----------------------------------------------------------------------------------------------------------- run
-
     def run(
-        self,
-        attacks: str | Sequence[str],
-        targets: Any,
-        *,
-        study: str,
-        protocol: str | Sequence[str] = "controlled",
-        checkpoint: Any = None,
-        shadow_checkpoint: int | None = None,
-        n_nonmembers: int | None = None,
-        controls: str | bool = "first",
-        **settings: Any,
-    ) -> pd.DataFrame:
+        self, attacks: str | Sequence[str], targets: Any, *, study: str, protocol: str | Sequence[str] = "controlled",
+        checkpoint: Any = None, controls: str | bool = "first", **settings: Any,
+    ) -> pd.DataFrame:  # fmt: skip
         """Attack every target in every setting, or find the saved scores; the first setting pays for the controls.
 
         Lists are swept: ``n_masks=[1, 4, 16]``, ``checkpoint=[150, None]``, ``shadow=[...]``. A setting that is
@@ -163,28 +126,21 @@ class Lab:
             study: name under which figures find the results (column ``study``).
             protocol: ``"controlled"`` or one flaw of released code on purpose; see ``attacks.evaluate``.
             checkpoint: epoch that is attacked; None: the end of training.
-            shadow_checkpoint: of the shadow.
-            n_nonmembers: evaluate on so many of the split's non-members; None: all. The members decide how wide an
-                interval is, so a sweep on 512 costs a sixth and says nearly as much.
             controls: ``"first"`` (the first setting of each target and attack), True or False.
-            settings: fields of ``Attacker``, and parameters of the attack.
+            settings: fields of ``Attacker``, ``shadow_checkpoint``, parameters of the attack, and ``n_nonmembers``:
+                evaluate on so many of the split's (the members decide how wide an interval is: 512 say nearly as much).
 
         Returns:
             The results of the study so far, controls and seeds left out.
         """
-        names, found = [attacks] if isinstance(attacks, str) else list(attacks), list(_flatten(targets))
+        names = [attacks] if isinstance(attacks, str) else list(attacks)
         sweep = {"protocol": protocol, "checkpoint": checkpoint, **settings}
-        keys = list(sweep)
-        for attack in names:
-            for target in found:
-                combos = itertools.product(*(_as_list(sweep[key]) for key in keys))
-                for i, combo in enumerate(combos):
-                    call = dict(zip(keys, combo, strict=True))
-                    attacker = Attacker(**{_ATTACKER[k]: call.pop(k) for k in list(call) if k in _ATTACKER})
-                    call |= dict(n_nonmembers=n_nonmembers, shadow_checkpoint=shadow_checkpoint)
-                    with_controls = i == 0 if controls == "first" else bool(controls)
-                    self._note(study, attack, self._run_one(attack, target, attacker, with_controls, call))
-        self._table = None
+        for attack, target in itertools.product(names, list(_flatten(targets))):
+            for i, setting in enumerate(itertools.product(*map(_as_list, sweep.values()))):
+                call = dict(zip(sweep, setting, strict=True))
+                attacker = Attacker(**{_ATTACKER[name]: call.pop(name) for name in sweep if name in _ATTACKER})
+                with_controls = i == 0 if controls == "first" else bool(controls)
+                self._note(study, attack, self._run_one(attack, target, attacker, with_controls, call))
         table = self.results
         own = (table["study"] == study) & table["attack"].isin(names) & (table["control"] == "") & table["seed"].isna()
         return results.Found(table[own])
@@ -194,6 +150,7 @@ class Lab:
         if key not in noted:
             noted.append(key)
             self.store.note(study, attack, noted)
+        self._table = None
 
     def _run_one(self, attack: str, target: Target, attacker: Attacker, controls: bool, call: dict[str, Any]) -> str:
         """Evaluate one attack on one target, or find it; returns its key."""
@@ -209,12 +166,7 @@ class Lab:
         return key
 
     def measure(self, model_id: str, *, defense: str | None = None, strength: float | None = None) -> dict[str, float]:
-        """Measure the utility of a model behind a defense of its outputs; kept on disk.
-
-        Returns:
-            dict: ``knn`` and ``probe`` accuracy of an encoder, ``miou``, ``miou_members`` and ``pixel_accuracy`` of a
-            segmenter, all in [0, 1].
-        """
+        """Measure the utility of a model behind a defense of its outputs, in [0, 1]; kept on disk."""
         row, folder = self.profile.row(model_id), self.folder(model_id)
         spec = {"kind": "utility", "readable": model_id, "model": folder.name, "recipe": artifacts.RECIPES["scores"]}
         spec |= {"defense": defense, "strength": strength}
@@ -222,7 +174,7 @@ class Lab:
         def make(into: Path) -> dict:
             run, pool, split = self.model(model_id), self.pool(row.dataset), self.split(model_id)
             model = run.encoder_at(int(strength) if defense == "early-stopping" else None)
-            model = calls.defend(model, defense=defense, strength=strength, seed=row.seed)
+            model = calls.defend(model, Target(model_id, defense, strength), seed=row.seed)
             if row.method in profiles.SEGMENTERS:
                 members, nonmembers = train.get_sides(row, split)
                 return train.measure_segmenter(model, pool, members, nonmembers[: train.HELDOUT_IMAGES])
@@ -230,15 +182,12 @@ class Lab:
 
         return artifacts.read_meta(artifacts.load_or_make(spec, make))
 
-    def run_baselines(
-        self, ladder: Iterable[Sequence[str]], *, n_members: int, study: str = "baselines"
-    ) -> pd.DataFrame:
-        """Measure what an attacker who never queries a model can tell under each protocol, on every seed of the profile.
+    def run_baselines(self, ladder: Iterable[Sequence[str]], *, n_members: int) -> pd.DataFrame:
+        """Measure what an attacker can tell without any model under each protocol, on every seed of the profile.
 
         Args:
             ladder: (data set, protocol) pairs; protocols of ``attacks.evaluate_blind``.
             n_members: members and as many non-members per role, at most three times as many non-members.
-            study: column ``study`` of the results.
         """
         for (dataset, protocol), seed in itertools.product(ladder, self.profile.seeds):
             data = artifacts.fingerprint_data(dataset, self.profile.datasets.get(dataset, {}))
@@ -250,14 +199,11 @@ class Lab:
                     from mia_utils import attacks  # imports torch
 
                     result = attacks.evaluate_blind(self.pool(dataset), protocol, n_members=n_members, seed=seed)
-                    facts = dict(attack="no-model", target=f"{dataset}-{protocol}", dataset=dataset, seed=seed)
-                    facts |= dict(protocol=protocol, knowledge="partial", n_train=n_members)
+                    facts = dict(attack="no-model", target=f"{dataset}-{protocol}", dataset=dataset, protocol=protocol)
+                    facts |= dict(seed=seed, knowledge="partial", n_train=n_members)
                     self.store.save(key, result, results.make_rows(result, facts))
-            self._note(study, "no-model", key)
-        self._table = None
-        return self.results.query("study == @study and seed.isna()")
-
-    # ------------------------------------------------------------------------------------------------------- results
+            self._note("baselines", "no-model", key)
+        return self.results.query("study == 'baselines' and seed.isna()")
 
     @property
     def results(self) -> pd.DataFrame:
@@ -266,10 +212,20 @@ class Lab:
             self._table = results.tabulate(self.store.read_all(), self.store.read_studies(), self.store.merge)
         return self._table
 
-    def scores(self, row: Any, control: str = "") -> list[Result]:
+    def scores(self, row: Any) -> list[Result]:
         """Return the scores behind a row of the table, one result a seed (its controls with it)."""
-        found = [self.store.load(key) for key in str(row["key"]).split(";")]
-        return [r.controls[control] for r in found] if control else found
+        return [self.store.load(key) for key in str(row["key"]).split(";")]
+
+
+def _find_nearest(row: Row, found: list[Row], *without: str | None) -> str:
+    """The model with the same architecture, then the same options but those named, then the plain recipe."""
+
+    def differs(r: Row) -> tuple:
+        options = calls.get_options(r, *without) != calls.get_options(row, *without)
+        other = r.study not in ("main", row.study)
+        return r.arch != row.arch, options, r.augmentation != "none", r.epochs != row.epochs, other
+
+    return min(found, key=differs).id
 
 
 def _as_list(value: Any) -> list:
@@ -277,12 +233,11 @@ def _as_list(value: Any) -> list:
 
 
 def _flatten(targets: Any) -> Iterable[Target]:
-    if isinstance(targets, Target):
-        yield targets
-    elif isinstance(targets, str):
-        yield Target(targets)
-    elif isinstance(targets, Row):
-        yield Target(targets.id)
+    if isinstance(targets, Target | Row | str):
+        yield targets if isinstance(targets, Target) else Target(getattr(targets, "id", targets))
     else:
         for part in targets:
             yield from _flatten(part)
+
+
+open = Lab  # ``lab.open("quick")``

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.patches import Rectangle
 
 from mia_utils.plots.style import FULL, INK, MEMBER_COLOR, NONMEMBER_COLOR, STYLE, Drawn, finish, make_figure
 
@@ -80,9 +80,12 @@ def image_grid(
             ends = {"minimum": float(content.min()), "maximum": float(content.max())}
             records.append(head | {"shape": "x".join(map(str, content.shape)), **ends})
     if arrows:
-        fig.draw_without_rendering()
-        for left, right, word in zip(axes[0], axes[0][1:], arrows, strict=False):
-            _draw_arrow(fig, left, right, word)
+        fig.get_layout_engine().set(wspace=0.4)
+    look = dict(arrowstyle="-|>", mutation_scale=9, linewidth=1.0, color=INK)
+    for ax, word in zip(axes[0, 1:], arrows, strict=False):  # in the space on the left, which stays as it is
+        at = dict(xycoords="axes fraction", annotation_clip=False, in_layout=False)
+        ax.annotate("", (-0.04, 0.5), (-0.36, 0.5), arrowprops=look, **at)
+        ax.annotate(wrap(word, side * 8), (-0.2, 0.53), ha="center", fontsize=6.5, color=INK, **at)
     return finish(fig, pd.DataFrame(records), **named)
 
 
@@ -122,12 +125,3 @@ def _make_sheet(images: Sequence[Any]) -> np.ndarray:
     n = int(np.ceil(np.sqrt(len(images))))
     images += [np.full_like(images[0], 255)] * (n * n - len(images))
     return np.concatenate([np.concatenate(images[i : i + n], axis=1) for i in range(0, n * n, n)])[:-1, :-1]
-
-
-def _draw_arrow(fig: Any, left: Axes, right: Axes, word: str) -> None:
-    start, end, place = left.get_position().x1, right.get_position().x0, left.get_position()
-    y, pad = (place.y0 + place.y1) / 2, (end - start) * 0.15
-    style = dict(arrowstyle="-|>", mutation_scale=9, linewidth=1.0, color=INK, transform=fig.transFigure)
-    fig.add_artist(FancyArrowPatch((start + pad, y), (end - pad, y), **style)).set_in_layout(False)
-    text = fig.text((start + end) / 2, y + 0.01, word, ha="center", va="bottom", fontsize=6.5, color=INK)
-    text.set_in_layout(False)
