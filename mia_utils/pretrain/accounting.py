@@ -11,9 +11,6 @@ import warnings
 
 ACCOUNTANT = "rdp"  # looser than "prv" by some percent, but stable for every noise and number of steps
 METHODS = ("mae", "simmim", "unet")  # whose per-example gradients were checked
-_CONTRASTIVE = "its loss compares the images of a batch, so clipping one image's gradient bounds nothing"
-_COUPLED = dict.fromkeys(("simclr", "moco", "moco-v1", "moco-v2"), _CONTRASTIVE)
-_COUPLED["dino"] = "the center of its teacher is a mean over the batch, so clipping one image's gradient bounds nothing"
 _COUPLING = {"mixup": "mixes two images", "distill": "trains a teacher that would not be private"}
 _COUPLING |= {"minmax": "compares images"}
 _KEYS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
@@ -26,7 +23,8 @@ def refuse(method: str, cls: type, privacy: dict, options: dict, *, precision: s
         (not isinstance(privacy, dict) or set(privacy) - set(_KEYS),
          f"expected privacy a mapping of {', '.join(_KEYS)}, got {privacy!r}"),
         (not hasattr(cls, "losses"),
-         f"{method} can't be trained with privacy: {_COUPLED.get(method, 'it has no loss per image')}"),
+         f"{method} can't be trained with privacy: it has no loss of each image alone (a contrastive loss compares the "
+         "images of a batch, DINO's center is a mean over it, so clipping one image's gradient bounds nothing)"),
         (coupling, f"option {coupling} can't be combined with privacy: it {_COUPLING.get(coupling)}"),
         (frozen, "privacy= goes with a whole training: a decoder over a frozen encoder= is the attacker's own"),
         (precision != "32-true", f"private training needs precision '32-true', got {precision!r}"),
@@ -64,25 +62,20 @@ def plan_privacy(
         raise ValueError(f"privacy: expected delta below 1, got {delta!r}")
     count = dict(sample_rate=min(batch_size / n_images, 1.0), steps=int(steps))
     if noise_multiplier is None:
-        noise_multiplier = _find_noise(epsilon, delta, **count)
+        from opacus.accountants.utils import get_noise_multiplier
+
+        settings = count | dict(target_epsilon=epsilon, target_delta=delta, epsilon_tolerance=min(0.01, epsilon / 100))
+        try:
+            with warnings.catch_warnings(action="ignore"):  # at every try: its largest order was the best one
+                noise_multiplier = get_noise_multiplier(**settings, accountant=ACCOUNTANT)
+        except (ValueError, OverflowError, FloatingPointError):
+            raise ValueError(
+                f"privacy: no noise reaches epsilon {epsilon:g} at delta {delta:g} with sample rate "
+                f"{count['sample_rate']:.3g} and {steps} steps: raise epsilon or delta, or train for fewer steps"
+            ) from None
     reached = measure_epsilon(noise_multiplier=noise_multiplier, delta=delta, **count)
     plan = dict(epsilon=reached, delta=float(delta), max_grad_norm=float(max_grad_norm))
     return plan | dict(noise_multiplier=float(noise_multiplier), **count, accountant=ACCOUNTANT)
-
-
-def _find_noise(epsilon: float, delta: float, *, sample_rate: float, steps: int) -> float:
-    from opacus.accountants.utils import get_noise_multiplier
-
-    settings = dict(sample_rate=sample_rate, steps=steps, epsilon_tolerance=min(0.01, epsilon / 100))
-    settings |= dict(target_epsilon=epsilon, target_delta=delta, accountant=ACCOUNTANT)
-    with warnings.catch_warnings(action="ignore"):  # it tells at every try that its largest order was the best one
-        try:
-            return float(get_noise_multiplier(**settings))
-        except (ValueError, OverflowError, FloatingPointError):
-            raise ValueError(
-                f"privacy: no noise reaches epsilon {epsilon:g} at delta {delta:g} with sample rate {sample_rate:.3g} "
-                f"and {steps} steps: raise epsilon or delta, or train for fewer steps"
-            ) from None
 
 
 def measure_epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:

@@ -1,11 +1,8 @@
 """The only training loop: every encoder and segmenter of the book is trained here.
 
-The images live on the device as uint8 (or are streamed) and are augmented there. Every step draws from its own named
-stream, so a killed training continues, at the very step, with the numbers it would have seen.
-
-Several processes (``torchrun``) take equal parts of every batch and draw the numbers of the whole one: together they
-train the model of a single process. Two things differ: batch norm on a CPU uses each process's own part (on CUDA it is
-synchronized), and segmenters average over the valid pixels of each part.
+Every step draws from its own named stream, so a killed training continues with the numbers it would have seen. Several
+processes (``torchrun``) take equal parts of every batch and draw the numbers of the whole one: together they train the
+model of a single one, but batch norm on a CPU and the valid pixels of segmenters are those of each process's own part.
 """
 
 from __future__ import annotations
@@ -50,24 +47,22 @@ def fit(
     Args:
         method: a key of ``pretrain.METHODS``; ``augmentation``, ``batch_size`` (that of all processes together), ``lr``
             and ``weight_decay`` (AdamW) are its own where they are None.
-        images: (N, H, W, 3) uint8, the members. An array goes onto the device; another array-like (``MappedImages``, a
-            memory map) is streamed: its batches are decoded ahead in a thread, to the same weights.
+        images: (N, H, W, 3) uint8, the members; anything but an array in memory is streamed, to the same weights.
         arch: backbone, ``encoders.ARCHS`` or a timm name; trained at its own input size. None: that of ``encoder``.
-        epochs: passes over the images.
         seed: of weights, order and augmentation; the global random state is not used.
         encoder: keep its weights and train only the decoder of a masked-image model over it (the attacker's decoder).
         labels: (N,) int, for supervised training; (N, H, W) for segmenters.
         heldout, heldout_labels: images (M, H, W, 3) that are never trained on; their loss goes into ``history``.
         warmup: share of the steps with linear warm-up; a cosine to zero follows.
-        checkpoints: epochs whose weights are kept; None: five, evenly in the logarithm. 0 and the end always are.
-        resume_path: file from which a killed training goes on at its very step.
-        save_every: seconds between two writes of it, more where a write takes long; 0: after every step.
+        checkpoints: epochs whose weights are kept beside 0 and the end; None: five, evenly in the logarithm.
+        resume_path: file from which a killed training goes on at its very step; written every ``save_every`` seconds
+            (0: after every step), less often where that takes long.
         device: None: CUDA when there is one, else the CPU.
         precision: of the networks; views, losses, weights and what is measured stay float32.
-        stop_after: stop after this many steps and return nothing of use (tests of resuming).
+        stop_after: stop after this many steps (tests of resuming).
         on_checkpoint: called with (epoch, encoder) at every kept epoch, in process 0; its dict goes into ``history``.
-        privacy: train with DP-SGD: arguments of ``accounting.plan_privacy``. Batches are then Poisson samples of
-            expected size ``batch_size``, tokens of a ViT keep their start, a segmenter has group norm.
+        privacy: train with DP-SGD: arguments of ``accounting.plan_privacy``; batches are then Poisson samples, tokens
+            of a ViT keep their start, a segmenter has group norm.
         reference, reference_labels: images (R, H, W, 3) and label maps outside the members, for option ``minmax``.
         options: keyword arguments of the method; of every encoder also ``dropout`` and ``drop_path``.
     """
@@ -114,10 +109,8 @@ def fit(
     if precision != "32-true":
         settings["precision"] = precision
     if batch_size % n_processes:
-        raise ValueError(
-            f"expected a batch that {n_processes} processes share equally, got {batch_size} images: set batch_size to "
-            f"a multiple of {n_processes}, or start another number of processes"
-        )
+        message = f"expected a batch that {n_processes} processes share equally, got {batch_size} images"
+        raise ValueError(f"{message}: set batch_size to a multiple of {n_processes}")
 
     # model and optimizer
     fabric = distributed.launch(device=device, precision=precision)

@@ -25,7 +25,8 @@ DEFAULTS = dict(lr=1.5e-3, weight_decay=0.05, batch_size=64, augmentation="none"
 class MaskedImageModel(Method):
     """What MAE and SimMIM share: patches, loss on the hidden ones, and ``reconstruct``, which the attacks query.
 
-    A method adds ``embed`` and ``predict_from``, and puts whatever is trained beside the encoder under ``decoder``.
+    A method adds ``embed`` (normalized images -> tokens of all patches, before any mask) and ``predict_from`` (those
+    and masks (N, L) -> patches (N, L, 3 p p)), and puts what is trained beside the encoder under ``decoder``.
 
     Args:
         patch: side in pixels of what one mask entry hides.
@@ -46,14 +47,6 @@ class MaskedImageModel(Method):
         self.n_tokens = (input_size // patch) ** 2
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Embed all patches of normalized images (N, 3, H, W), before any mask."""
-        raise NotImplementedError
-
-    def predict_from(self, tokens: Tensor, masks: Tensor) -> Tensor:
-        """Predict all patches (N, L, 3 p p) from what ``embed`` returned and masks (N, L)."""
-        raise NotImplementedError
 
     def predict(self, images: Tensor, masks: Tensor) -> Tensor:
         """Predict all patches of normalized images (N, 3, H, W) from those that masks (N, L) leave visible."""
@@ -90,10 +83,9 @@ class MaskedImageModel(Method):
 
     @torch.inference_mode()
     def reconstruct(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Reconstruct images (N, 3, H, W) in [0, 1] from their visible patches; the same shape, not clipped.
+        """Reconstruct images (N, 3, H, W) in [0, 1] from the visible patches of masks (N, L) or (L,); not clipped.
 
-        Masks are (N, L) or (L,) bool, True = hidden, each hides the same number of patches. With ``norm_pix_loss``
-        brightness and contrast of a hidden patch are put back from the image, which the attacker knows.
+        With ``norm_pix_loss`` brightness and contrast of a hidden patch come from the image, which the attacker knows.
         """
         masks = masks.expand(len(images), -1) if masks.ndim == 1 else masks
         if masks.shape != (len(images), self.n_tokens):
@@ -103,21 +95,17 @@ class MaskedImageModel(Method):
 
     @torch.inference_mode()
     def reconstruct_from(self, tokens: Tensor, masks: Tensor, *, images: Tensor) -> Tensor:
-        """Reconstruct every image from every mask (M, L), folded into the batch: (N, M, 3, H, W) as ``reconstruct``.
-
-        ``tokens`` are those of ``embed_patches(images)``.
-        """
+        """Reconstruct every image (``tokens``: its embedded patches) from every mask (M, L): (N, M, 3, H, W)."""
         n, m = len(tokens), len(masks)
         tokens = tokens.repeat_interleave(m, dim=0)  # (N M, L, D)
         patches = self.predict_from(tokens, masks.to(tokens.device).repeat(n, 1))
-        if self.norm_pix_loss:
-            images = images.repeat_interleave(m, dim=0)
         return self._to_images(patches, images).unflatten(0, (n, m))
 
     def _to_images(self, patches: Tensor, images: Tensor) -> Tensor:
-        """Put predicted patches together, in [0, 1]."""
+        """Put predicted patches together, in [0, 1]; for an image M times as many as it has."""
         if self.norm_pix_loss:
-            _, mean, sd = self._cut_targets(images)
+            m = len(patches) // len(images)
+            _, mean, sd = (part.repeat_interleave(m, dim=0) for part in self._cut_targets(images))
             patches = patches * sd + mean
         return utils.unpatchify(patches, self.patch) * 0.5 + 0.5
 

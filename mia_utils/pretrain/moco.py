@@ -32,7 +32,7 @@ def compute_contrast(queries: Tensor, keys: Tensor, temperature: float, *, first
 
 
 def _gather(keys: Tensor) -> Tensor:
-    """Put the keys (B, D) of all processes one after the other, (M, D): in the order of the whole batch."""
+    """Put the keys (B, D) of all processes one after the other, (M, D)."""
     return torch.cat(dist.gather(keys)) if dist.world_size() > 1 else keys
 
 
@@ -112,16 +112,14 @@ def split_batch_norm(backbone: nn.Module, n_splits: int) -> None:
 class MoCoV2(Method):
     """MoCo v2 with its queue, over any timm backbone; the mean over tokens is the trained vector.
 
-    With ``bn_splits`` above 1 keys pass batch norm in shuffled order (v1, section 3.3: else the statistics tell the
-    positive from the negatives).
-
     Args:
         temperature: paper: 0.07 (v1), 0.2 (v2); EncoderMI's target: 0.1.
         momentum: of the key encoder, constant (EncoderMI's target: 0.99).
         queue_size: keys of earlier batches (EncoderMI's target: 4,096 for 10,000 images); of more than half the
             images' keys an image's own last one would often be among the negatives.
         output_dim: of the head (paper: 128).
-        bn_splits: parts of a batch that batch norm sees apart (EncoderMI's target and the papers: 8, one per GPU).
+        bn_splits: parts of a batch that batch norm sees apart (EncoderMI's target and the papers: 8, one per GPU), keys
+            in shuffled order (v1, section 3.3: else the statistics tell the positive from the negatives).
     """
 
     hidden_layers = 1

@@ -43,22 +43,20 @@ def register(name: str, method: type, *, lr: float, weight_decay: float, batch_s
     METHODS[name] = (method, dict(lr=lr, weight_decay=weight_decay, batch_size=batch_size, augmentation=augmentation))
 
 
-def build(name: str, arch: str, *, seed: int = 0, input_size: int | None = None, **options) -> nn.Module:
-    """Build a method with fresh weights; the global random state is left as it was.
+def build(name: str, arch: str, *, seed: int = 0, **options) -> nn.Module:
+    """Build a method on a backbone (``encoders.ARCHS`` or a timm name) with fresh weights, from its own random state.
 
-    Args:
-        arch: backbone (``encoders.ARCHS`` or a timm name).
-        input_size: training resolution in pixels; None: the backbone's own.
-        options: keyword arguments of the method; ``dropout`` and ``drop_path`` go to the backbone.
+    ``options``: keyword arguments of the method; ``dropout`` and ``drop_path`` go to the backbone of an encoder, whose
+    ``input_size`` is the backbone's own where it is not given.
     """
     cls, _ = get(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if hasattr(cls, "build"):  # a network that is no head on a backbone builds itself
-            return cls.build(name, arch, seed=seed, input_size=input_size, **options)
+            return cls.build(name, arch, seed=seed, **options)
         dropped = {key: options.pop(key, None) for key in ("dropout", "drop_path")}
         backbone = make_backbone(arch, seed=seed, **dropped)
-        size = input_size or from_module(backbone, arch=arch, method=name).input_size
+        size = options.pop("input_size", None) or from_module(backbone, arch=arch, method=name).input_size
         torch.manual_seed(seed)
         try:
             method = cls(backbone, input_size=size, **options)

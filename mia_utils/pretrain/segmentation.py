@@ -22,23 +22,20 @@ TRAINING_OPTIONS = ("dropout", "label_smoothing", "mixup", "distill", "minmax") 
 
 
 def augment_pair(
-    images: Tensor, masks: Tensor, *, size: Sequence[int] | None = None, rng: Generator,
-    scale: Sequence[float] | None = None, flip: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    images: Tensor, masks: Tensor, *, rng: Generator, scale: Sequence[float] | None = None, flip: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Augment images (B, 3, H, W) uint8 and their label maps (B, H, W) together, in batch on their device.
 
     Args:
-        size: (height, width) of the output; None: H and W.
-        scale: area range of a random crop of the image's own shape, scaled to ``size``; None: no crop.
+        scale: area range of a random crop of the image's own shape, scaled to its size; None: no crop.
         flip: probability of mirroring.
 
     Returns:
-        (B, 3, h, w) float32 in [0, 1] (bilinear) and (B, h, w) int64 (nearest: no label is ever mixed).
+        (B, 3, H, W) float32 in [0, 1] (bilinear) and (B, H, W) int64 (nearest: no label is ever mixed).
     """
     if images.ndim != 4 or masks.shape != (len(images), *images.shape[2:]):
         shapes = f"{tuple(images.shape)} and {tuple(masks.shape)}"
         raise ValueError(f"expected images (B, 3, H, W) and masks (B, H, W), got {shapes}")
-    height, width = images.shape[2:] if size is None else (int(side) for side in size)
     u = torch.from_numpy(rng.random((len(images), 4), dtype=np.float32)).to(images.device)
     x, y = images.float().div_(255), masks.unsqueeze(1).float()  # labels up to 255 are exact
     mirrored = u[:, 0] < flip
@@ -48,13 +45,10 @@ def augment_pair(
         theta = torch.zeros(len(x), 2, 3, device=x.device)
         theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -side, side), side
         theta[:, :, 2] = shift
-        grid = F.affine_grid(theta, [len(x), 3, height, width], align_corners=False)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
         y = F.grid_sample(y, grid, mode="nearest", padding_mode="border", align_corners=False)
     else:
-        if (height, width) != tuple(images.shape[2:]):
-            x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
-            y = F.interpolate(y, size=(height, width), mode="nearest-exact")
         x, y = (torch.where(mirrored[:, None, None, None], z.flip(3), z) for z in (x, y))
     return x, y[:, 0].round().long()
 
@@ -74,11 +68,9 @@ def _make_adversary(n_classes: int) -> nn.Module:
 
 
 class Segmentation(Method):
-    """Supervised segmentation as a method of the training loop: cross-entropy over valid pixels.
+    """A network of ``segmenters.make_network`` as a method of the training loop.
 
     Args:
-        backbone: network of ``segmenters.make_network``, (B, 3, H, W) -> (B, C, H, W) logits.
-        input_size: (height, width) it is trained at; None: the images' own.
         dropout: share of channels dropped, in training, of every feature map that the encoder hands to the decoder.
         label_smoothing: share of the label that is spread over all classes.
         mixup: alpha of the Beta(alpha, alpha) that every image and its labels are mixed with another one's by
@@ -92,15 +84,14 @@ class Segmentation(Method):
     """
 
     needs_labels = True  # label maps (N, H, W), void 255
+    input_size = None  # the images' own
 
     def __init__(
-        self, backbone: nn.Module, *, input_size: Sequence[int] | None = None, n_classes: int, dropout: float = 0.0,
-        label_smoothing: float = 0.0, mixup: float = 0.0, distill: float = 0.0, teacher: nn.Module | None = None,
-        minmax: float = 0.0,
+        self, backbone: nn.Module, *, n_classes: int, dropout: float = 0.0, label_smoothing: float = 0.0,
+        mixup: float = 0.0, distill: float = 0.0, teacher: nn.Module | None = None, minmax: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.backbone, self.n_classes = backbone, n_classes
-        self.input_size = None if input_size is None else tuple(map(int, input_size))
         for name, value in (("dropout", dropout), ("label_smoothing", label_smoothing)):
             if not 0 <= value < 1:
                 raise ValueError(f"expected {name} from 0 to below 1, got {value!r}")
@@ -115,17 +106,14 @@ class Segmentation(Method):
             backbone.decoder.register_forward_pre_hook(_drop_features)
 
     @classmethod
-    def build(
-        cls, network: str, arch: str, *, n_classes: int, seed: int = 0, input_size: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Segmentation:  # fmt: skip
+    def build(cls, network: str, arch: str, *, n_classes: int, seed: int = 0, **options: Any) -> Segmentation:
         """Build a network of ``segmenters.ARCHS`` on the encoder ``arch``; ``options`` also of ``make_network``."""
         training = {key: options.pop(key) for key in TRAINING_OPTIONS if key in options}
         make_one = functools.partial(segmenters.make_network, network, n_classes, encoder=arch, **options)
         if training.get("distill"):
             training["teacher"] = make_one(seed=seeds.derive(seed, "teacher") % 2**31)
-        method = cls(make_one(seed=seed), input_size=input_size, n_classes=n_classes, **training)
-        method.facts = dict(method=network, arch=arch, n_classes=n_classes, size=method.input_size, options=options)
+        method = cls(make_one(seed=seed), n_classes=n_classes, **training)
+        method.facts = dict(method=network, arch=arch, n_classes=n_classes, options=options)
         return method
 
     def as_segmenter(self, name: str | None = None) -> Segmenter:
@@ -135,7 +123,7 @@ class Segmentation(Method):
     def loss(self, images: Tensor, *, labels: Tensor, progress: float, **view: Any) -> Tensor:
         """Mean cross-entropy over the valid pixels of a batch (B, 3, H, W) uint8 with labels (B, H, W).
 
-        A batch of void alone has loss 0 and no gradient. ``view``: ``augmentation``, ``size`` (h, w) or None, ``rng``.
+        A batch of void alone has loss 0 and no gradient. ``view``: ``augmentation``, ``rng``, ``size``.
         """
         x, y = self._augment(images, labels, **view)
         if self.training and self.mixup:
@@ -175,8 +163,8 @@ class Segmentation(Method):
     def _play(self, x: Tensor, y: Tensor, **view: Any) -> Tensor:
         """Loss of members (B, 3, H, W) and of the attacker that tells them from as many reference images.
 
-        Both pass the network in one batch, so that batch norm treats them alike. The attacker's gradient is reversed
-        where it reaches the network's outputs on members; those on reference images are not moved by it.
+        Both pass the network in one batch, so that batch norm treats them alike. The attacker moves outputs on members
+        only, by its reversed gradient.
         """
         if self.reference is None:
             raise ValueError("minmax needs images that are not trained on: pass reference= and reference_labels=")
@@ -195,15 +183,15 @@ class Segmentation(Method):
         return loss + F.binary_cross_entropy_with_logits(guess, is_member)
 
     def _augment(
-        self, images: Tensor, labels: Tensor, *, augmentation: str, size: Sequence[int] | None, rng: Generator
+        self, images: Tensor, labels: Tensor, *, augmentation: str, rng: Generator, size: None
     ) -> tuple[Tensor, Tensor]:
-        """Augment a batch and check its labels: (B, 3, h, w) in [0, 1] and (B, h, w) int64."""
+        """Augment a batch and check its labels, see ``augment_pair``."""
         settings = views.parse_augmentation(augmentation)
         if set(settings) - {"scale", "flip"}:
             allowed = "none, flip, crop, crop-weak, crop:LOW-HIGH"
             raise ValueError(f"augmentation {augmentation!r} changes colors, segmenters take {allowed}")
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 grids would move pixels and labels
-            x, y = augment_pair(images, labels, size=size, rng=rng, **settings)
+            x, y = augment_pair(images, labels, rng=rng, **settings)
         if (wrong := y[(y != VOID) & (y >= self.n_classes)]).numel():
             raise ValueError(f"labels hold the id {wrong.max()}, expected 0 to {self.n_classes - 1}, or {VOID} (void)")
         return x, y

@@ -1,7 +1,6 @@
 """SimMIM: replace the hidden patches by one learned token, let the encoder see all places, predict pixels linearly.
 
-Source: Xie et al. 2022 (arXiv 2111.09886): mask token at the patch embedding, whole sequence through the encoder, one
-linear head, L1 on the hidden pixels. Over a plain ViT (modules from lightly) or a Swin (timm).
+Source: Xie et al. 2022 (arXiv 2111.09886): mask token at the patch embedding, one linear head, L1 on hidden pixels.
 """
 
 from __future__ import annotations
