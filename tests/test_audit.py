@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from importlib import resources
 
 import jsonschema
@@ -14,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mia_utils import attacks, audit, datasets
+from mia_utils import attacks, audit, datasets, paths
 from mia_utils.attacks import encodermi
 from mia_utils.audit import api, battery, canaries, cli, examine, gates
 from mia_utils.models import encoders, segmenters
@@ -118,6 +123,8 @@ def test_segmenters_are_audited_by_their_losses_and_groups_are_kept(pool, tmp_pa
     report = audit.run(segmenters.wrap(leak, n_classes=2), *sets)
     assert report.task == "segmenter" and report.exit_code == 3, report
     assert list(report.results)[0] == "seg-global-loss" and report.result.groups is not None
+    facts = report.facts["mIoU on the given masks"][0]
+    assert facts.startswith("1.00") and not report.doubt
     alone = audit.compare_segmenter(segmenters.wrap(leak, n_classes=2), *sets)
     assert alone.best == "seg-global-loss"
     bare = pool.images[:12], np.zeros(12, int), pool.image_ids[:12], None, ("a", "b")
@@ -125,24 +132,56 @@ def test_segmenters_are_audited_by_their_losses_and_groups_are_kept(pool, tmp_pa
         audit.compare_segmenter(segmenters.wrap(leak, n_classes=2), datasets.Pool("bare", *bare), sets[1])
 
 
+def test_a_segmenter_that_hardly_works_is_flagged_and_nothing_found_is_no_verdict(pool):
+    masks = (pool.images[..., 0] > 110).astype(np.uint8)
+    sets = [
+        datasets.Pool(name, pool.images[rows], np.zeros(60, int), pool.image_ids[rows], None, ("a", "b"), masks[rows])
+        for name, rows in (("mine", slice(0, 60)), ("other", slice(60, 120)))
+    ]
+    broken = segmenters.wrap(lambda x: torch.stack([x[:, 2], 0.5 * x.mean(1)], dim=1), n_classes=2)
+    report = audit.run(broken, *sets, attack="seg-global-loss")
+    assert report.exit_code == 5 and "mIoU" in report.verdict and "LOW mIoU" in str(report)
+    assert "LOW mIoU" in report.to_html() and any("LOW" in note for note in report.to_dict()["notes"])
+
+
 # ------------------------------------------------------------------------------------------------- one p-value
 
 
-def test_the_p_value_of_a_battery_is_exact(pool):
-    """At level .05 an innocent battery with an attacker that trains is called in 5 % of 200 divisions."""
-    rng, n, called = np.random.default_rng(1), 60, 0
+def test_the_p_value_of_a_battery_is_exact(monkeypatch):
+    """At level .05 an innocent battery with an attacker that trains is called in 5 % of 400 divisions of one pool."""
+    rng, n, called, higher = np.random.default_rng(1), 60, 0, 0
     features, score = rng.normal(size=(n, 8)), rng.standard_cauchy(size=n)
     units = np.arange(n).astype(str)
-    draws, battery.N_PERMUTATIONS = battery.N_PERMUTATIONS, 199
-    try:
-        for seed in range(200):
-            side = rng.permutation(n) < n // 2
-            fold = battery.assign_folds(side, units, seed)
-            entries = {"fitted": battery.make_smoother(features, fold), "score": score, "mean": features[:, 0]}
-            called += battery.search(entries, side, units, fold, seed=seed).p <= 0.05
-    finally:
-        battery.N_PERMUTATIONS = draws
-    assert called <= 20  # 99.9 % of a binomial with p = .05
+    monkeypatch.setattr(battery, "N_PERMUTATIONS", 199)
+    for seed in range(400):
+        side = rng.permutation(n) < n // 2
+        fold = battery.assign_folds(side, units, seed)
+        entries = {"fitted": battery.make_smoother(features, fold), "score": score, "mean": features[:, 0]}
+        found = battery.search(entries, side, units, fold, seed=seed)
+        called += found.p <= 0.05
+        higher += found.p <= 0.05 and found.z[found.strongest] > 0
+    assert called <= 34 and higher <= 22  # 99.9 % of binomials with p = .05 and .025
+    assert called >= 8  # not by never calling
+
+
+def test_every_division_of_a_pool_together_keeps_the_level(monkeypatch):
+    """All 252 divisions of 10 units into halves, each judged by its own draws: at most a tenth reach p = .1."""
+    score = np.random.default_rng(2).normal(size=(10, 2)) ** 3
+    units, fold = np.arange(10).astype(str), np.zeros(10, int)
+    monkeypatch.setattr(battery, "N_PERMUTATIONS", 499)
+    ps = []
+    for i, chosen in enumerate(itertools.combinations(range(10), 5)):
+        side = np.isin(np.arange(10), chosen)
+        ps.append(battery.search({"a": score[:, 0], "b": score[:, 1]}, side, units, fold, seed=i).p)
+    assert np.mean(np.array(ps) <= 0.1) <= 0.11 and np.mean(np.array(ps) <= 0.5) <= 0.53
+
+
+def test_a_score_does_not_know_its_side_name_or_place(encoder, pool):
+    """Else the p-value of a fixed seed is that of its draws, not of the images: 11 of 800 innocents were called."""
+    attempt = battery.Attempt("encodermi-t", encoder, {"n_views": 3})
+    order = np.random.default_rng(0).permutation(len(pool))
+    renamed = datasets.Pool("b", pool.images[order], np.zeros(120, int), pool.image_ids, None, ("all",))
+    np.testing.assert_allclose(attempt.query(renamed, 0), attempt.query(pool, 0)[order], atol=1e-6)
 
 
 def test_the_attacker_is_cross_fitted_ridge_regression_and_the_aucs_are_those_of_its_scores():
@@ -296,12 +335,14 @@ def test_the_command_line_reports_checks_and_fails_on_demand(encoder, pool, tmp_
     mine, other = write(tmp_path / "a", pool.images[:12]), write(tmp_path / "b", pool.images[12:30])
     plain = [weights, mine, other, "--attack", "token-spread"]
     assert cli.main([*plain, "--out", tmp_path / "out"]) == 5  # too few images to say
-    assert "INCONCLUSIVE" in capsys.readouterr().out and (tmp_path / "out" / "report.html").is_file()
+    shown = capsys.readouterr()
+    assert "INCONCLUSIVE" in shown.out and (tmp_path / "out" / "report.html").is_file()
+    assert shown.err.index("in all about") < shown.err.index("attack 1 of 1: token-spread")  # before and during
     assert cli.main([*plain, "--fail-on", "leak", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["attacks"][0]["attack"] == "token-spread"
     assert cli.main([weights, mine, other, "--check", "--set", "n_views=3"]) == 0
     shown = capsys.readouterr().out
-    assert "architecture" in shown and "in all about" in shown and "encodermi-t, n_views 3" in shown
+    assert "architecture" in shown and "would take in all about" in shown and "encodermi-t, n_views 3" in shown
     lossy = write(tmp_path / "c", pool.images[30:48], "jpg")
     assert cli.main([weights, mine, lossy]) == 4 and "format" in capsys.readouterr().out
     (tmp_path / "mine.py").write_text(
@@ -321,6 +362,13 @@ def test_the_command_line_reports_checks_and_fails_on_demand(encoder, pool, tmp_
         (["none.pth", "A", "A", "--set", "n_views"], "KEY=VALUE"),
         (["none.pth", "A", "A", "--fail-on", "rain"], "--fail-on"),
         (["none.pth"], "required"),
+        (["none.pth", "", "A"], "suspected: expected a folder"),
+        (["none.pth", "folder:", "A"], "suspected: expected a folder"),
+        (["none.pth", "A", "A", "--mean", ".5,.5"], "one number or three"),
+        (["none.pth", "A", "A", "--level", "0"], "level between 0 and 1"),
+        (["canaries", "A"], "canaries make or canaries test"),
+        (["views", "A"], "--out"),
+        (["outputs", "none.npz", "A", "A"], "none.npz can't be read"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(tmp_path, capsys, arguments, message):
@@ -331,6 +379,30 @@ def test_bad_arguments_are_one_line_and_exit_2(tmp_path, capsys, arguments, mess
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_an_audit_needs_the_core_packages_alone_and_its_cache_is_the_users(pool, encoder, tmp_path):
+    """As in a core install away from a checkout: what only extra ``book`` brings can't be imported."""
+    project = tomllib.loads((paths.PACKAGE_ROOT / "pyproject.toml").read_text())["project"]
+    core = {re.match(r"[\w-]+", name)[0] for name in project["dependencies"]}
+    assert core <= set("torch timm numpy scipy scikit-learn pillow safetensors matplotlib jinja2".split())
+    package = shutil.copytree(paths.PACKAGE_ROOT / "mia_utils", tmp_path / "site" / "mia_utils")
+    weights = encoders.save(encoder, tmp_path / "encoder.safetensors")
+    mine, other = write(tmp_path / "a", pool.images[:45]), write(tmp_path / "b", pool.images[45:90])
+    blocked = "pandas seaborn lightly lightning_fabric pydantic opacus papermill psutil segmentation_models_pytorch"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked.split()} + ['torchmetrics', 'IPython', 'snakemake']))\n"
+        "from mia_utils import paths; from mia_utils.audit.cli import main\n"
+        "code = main(sys.argv[1:]); print(paths.get_home()); sys.exit(code)"
+    )
+    drop = ("MIA_HOME", "MIA_DATA_DIR", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if k not in drop} | {"PYTHONPATH": str(package.parent)}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    call = [sys.executable, "-c", code, weights, mine, other, "--out", "record", "--set", "n_views=3"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode in (0, 5), done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "cache" / "mia_utils")
+    assert (tmp_path / "record" / "report.html").is_file() and "partcrop" in done.stdout
 
 
 def test_help_needs_no_torch():
@@ -366,6 +438,10 @@ def test_outputs_of_an_api_give_the_scores_of_the_model_itself(encoder, pool, tm
     own = report.results["encodermi-t, augmentation crop"].score[:12]
     assert np.corrcoef(own, encodermi.score_threshold(direct))[0, 1] > 0.99  # sent views are rounded to 8 bits
     assert report.exit_code == 5 and "outputs in features.npz" in str(report)
+    report = audit_outputs(tmp_path / "features.npz", mine, other, groups="prefix:...")  # a rule of one image each
+    assert report.result.groups is not None and len(np.unique(report.result.groups)) == 30
+    refused = ["outputs", tmp_path / "features.npz", mine, other, "--size", "32", "--groups", "prefix:.."]
+    assert cli.main(refused) == 2  # two groups on one side
     with pytest.raises(ValueError, match="holds no outputs of a/000.png"):
         np.savez(tmp_path / "few.npz", names=names[names > "b"], features=np.ones((18 * 7, 2)))
         audit_outputs(tmp_path / "few.npz", mine, other)

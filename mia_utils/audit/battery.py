@@ -82,15 +82,9 @@ def choose(
     model: Any, decoder: Any, pool, *, names: Sequence[str], augmentations: Sequence[str], settings: Mapping[str, Any],
     n_units: int,
 ) -> tuple[list[Attempt], list[str]]:  # fmt: skip
-    """Choose what is tried; returns it, the cheapest first, and lines that say what is not and why.
+    """Choose what is tried (``names``, else the battery), and say in lines what is not and why.
 
-    Args:
-        model, decoder: encoder or segmenter, and the autoencoder that goes with it or None.
-        pool: the images (masks decide about segmentation attacks).
-        names: attacks; empty: the battery.
-        augmentations: of the queries of EncoderMI.
-        settings: parameters; each goes to the attacks that take it.
-        n_units: independent units of the smaller side.
+    Each of ``settings`` goes to the attacks that take it; ``n_units``: independent units of the smaller side.
     """
     skipped, made, used = [], [], set()
     wanted = names or (SEGMENTER if "posteriors" in getattr(model, "offers", ()) else ENCODER)
@@ -138,15 +132,12 @@ def order_augmentations(own: str | None, given: Sequence[str]) -> list[str]:
 
 
 def measure_seconds(attempt: Attempt, pool, n: int = 4) -> float:
-    """Estimate the seconds that an attempt takes, from n images (after a first call, which pays for tables)."""
+    """Estimate the seconds of an attempt from n images, after a first call, which pays for tables."""
     few = pool.take(np.linspace(0, len(pool) - 1, min(n, len(pool))).astype(int))
     attempt.query(few.take(np.arange(1)), 0)
     start = time.perf_counter()
     attempt.query(few, 0)
     return (time.perf_counter() - start) * len(pool) / len(few)
-
-
-# ------------------------------------------------------------------------------------------------- one p-value
 
 
 class Found(NamedTuple):
@@ -211,10 +202,8 @@ def search(
 
     Args:
         entries: label -> scores (N,), or the smoother (N, N) of an attacker that is trained anew for every assignment.
-        is_member: (N,) bool, constant within a unit.
-        units: (N,) what is independent: the image or its group.
+        is_member, units: (N,) side, and what is independent (the image or its group, which is on one side).
         fold: (N,) of :func:`assign_folds`; sides are permuted within folds, so that the folds stay balanced.
-        seed, level: of the stream; for ``detectable``.
     """
     ranks = {label: stats.rankdata(x) for label, x in entries.items() if x.ndim == 1}
     parts = []

@@ -76,7 +76,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         type=make_type("pixels or HEIGHTxWIDTH", r"([1-9]\d*)(?:x([1-9]\d*))?", to_size),
         help="pixels, or HEIGHTxWIDTH (default: the model's; of views 224)",
     ),
-    "--void": dict(type=make_type("an id from 0 to 255", r"1?\d?\d|2[0-4]\d|25[0-5]", int), help="id of unlabeled pixels in masks"),
+    "--void": dict(type=make_type("an id of pixels", r"\d{1,3}", int), help="id of unlabeled pixels in masks"),
     "--device": dict(help="cpu, cuda, cuda:1 (default: a GPU where there is one)"),
     "--attack": dict(type=to_names, default=[], metavar="NAMES", help="auto (all that fit), or names"),
     "--augmentation": dict(type=to_names, default=[], metavar="NAMES", help="of the queries: auto, or names"),

@@ -86,5 +86,6 @@ def draw_histogram(label: str, result: Result) -> Picture:
             score = result.score[result.is_member == side]
             ax.stairs(np.histogram(score, edges)[0] / len(score), edges, color=color, fill=True, alpha=0.35, label=name)
         ax.set(xlabel=f"{label}: higher = more likely a member", ylabel="share of images")
-        ax.legend()
+        ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(loc="upper left", ncols=2)
     return picture

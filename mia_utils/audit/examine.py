@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,34 +48,33 @@ class Subject:
         """``"segmenter"`` where it gives posteriors, else ``"encoder"``."""
         return "segmenter" if "posteriors" in getattr(self.model, "offers", ()) else "encoder"
 
-    def make_untrained(self, attempt: battery.Attempt) -> Any:
-        """Make what the attempt queries, with fresh weights; None where that is not known how."""
+    def make_untrained(self, queried: Any) -> Any:
+        """Make what an attack queries, with fresh weights; None where that is not known how."""
         m = self.model
-        if attempt.model is not m:
+        if queried is not m:
             return self.fresh_decoder
         if isinstance(m, encoders.Encoder):
             return encoders.make_untrained(m)
-        if getattr(m, "method", None) not in segmenters.ARCHS:
-            return None
-        return segmenters.make(m.method, m.n_classes, encoder=m.arch, **m.options).to(m.device)
+        known = getattr(m, "method", None) in segmenters.ARCHS
+        return segmenters.make(m.method, m.n_classes, encoder=m.arch, **m.options).to(m.device) if known else None
 
 
 def open_subject(model: Any, *, task: str = "auto", device: str | None = None, **options: Any) -> Subject:
-    """Open a model by what names it: a file or folder as ``encoders.open`` takes it, ``timm:NAME``, a segmenter's file,
-    ``FILE.py:function`` (its code is run, and it returns what ``wrap`` makes), or a model itself."""
+    """Open what ``encoders.open`` takes, a segmenter's file, or ``FILE.py:function``, which is run and returns what
+    ``wrap`` makes; a model itself is taken as it is."""
     if not isinstance(model, (str, Path)):
         return Subject(model, facts=dict(getattr(model, "facts", {})))
     use_fast_products()  # before the model is built
     options, path = {k: v for k, v in options.items() if v is not None}, Path(str(model))
     if match := re.fullmatch(r"(.+\.py):(\w+)", str(model)):
-        subject = Subject(_call(Path(match[1]), match[2]))
-        subject.facts = dict(getattr(subject.model, "facts", {}))
+        made = _call(Path(match[1]), match[2])
+        subject = Subject(made, facts=dict(getattr(made, "facts", {})))
     elif task == "segmenter" or (task == "auto" and _holds_segmenter(path)):
         if options:
             raise ValueError(f"a saved segmenter tells all of itself: leave out {', '.join(sorted(options))}")
         found = segmenters.load(path)
-        what = {"architecture": f"{found.method} on {found.arch}", "classes": str(found.n_classes)}
-        subject = Subject(found, facts={key: (value, READ) for key, value in what.items()})
+        facts = {"architecture": (f"{found.method} on {found.arch}", READ), "classes": (str(found.n_classes), READ)}
+        subject = Subject(found, facts=facts)
     else:
         encoder = encoders.open(model, **options)
         subject = Subject(encoder, facts=dict(encoder.facts))
@@ -112,9 +112,6 @@ def _call(path: Path, name: str) -> Any:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------ images
-
-
 def _read(source: Source, name: str, size: tuple[int, int] | None, groups: str | None, task: str, void: int | None):
     """One set as a Pool, and its files where it is a folder."""
     files = []
@@ -146,7 +143,7 @@ def _read(source: Source, name: str, size: tuple[int, int] | None, groups: str |
 def _read_groups(image_ids: np.ndarray, rule: str) -> np.ndarray:
     """Groups (N,) str by ``"subfolder"`` or ``"prefix:REGEX"``: what the names have in common."""
     kind, _, pattern = rule.partition(":")
-    if kind == "subfolder" and not pattern:
+    if rule == "subfolder":
         return np.array([name.rpartition("/")[0] or name for name in image_ids.tolist()])
     try:
         found = [re.match(pattern, name.rpartition("/")[2]) for name in image_ids.tolist()]
@@ -209,8 +206,8 @@ def format_time(seconds: float) -> str:
 def plan(
     model: Any, suspected: Source, reference: Source, *, attack: Sequence[str] | str = (),
     augmentation: Sequence[str] = (), settings: Mapping[str, Any] | None = None, groups: str | None = None,
-    size: int | tuple[int, int] | None = None, void: int | None = None, budget: float | None = None, measure: bool = False,
-    task: str = "auto", device: str | None = None, **options: Any,
+    size: int | tuple[int, int] | None = None, void: int | None = None, budget: float | None = None,
+    measure: bool = False, task: str = "auto", device: str | None = None, **options: Any,
 ) -> Plan:  # fmt: skip
     """Open everything and choose what is tried; arguments as in :func:`run`, ``measure``: time it on a few images."""
     names = [attack] if isinstance(attack, str) else list(attack)
@@ -253,7 +250,7 @@ def plan(
 
 
 def _check_segmenter(p: Plan, n: int = 64) -> None:
-    """Compare mIoU on the given masks with that of one class everywhere: a model misused by its reader looks private."""
+    """Compare mIoU on the given masks with that of one class everywhere: a model that is misread looks private."""
     m, n_classes = p.subject.model, p.subject.model.n_classes
     counts = np.zeros((n_classes, n_classes))
     for i in np.unique(np.linspace(0, len(p.pool) - 1, n).astype(int)):
@@ -279,21 +276,12 @@ def run(
 
     Args:
         model: an Encoder, a Segmenter (``wrap`` makes one of any callable), or what :func:`open_subject` opens.
-        suspected: images whose use is in question: a folder, a Pool, or (N, H, W, 3) uint8; for segmenters a folder
-            with ``images`` and ``masks`` in it, or a Pool with masks.
-        reference: images that were surely not used and are otherwise alike.
-        untrained: the architecture with fresh weights; ``"auto"``: made where it is known how. It is queried only
-            where an attack finds something, since it can only take a finding back.
-        level, seed: p-values up to this count; seed of queries, folds and permutations.
-        command: what to print as the way to repeat it.
-        options: of the battery: ``attack`` (names; empty: all that fit), ``augmentation`` (names, for EncoderMI),
-            ``settings`` (parameters of attacks), ``groups`` (``"subfolder"`` or ``"prefix:REGEX"``), ``size`` (side or
-            (height, width); None: the model's), ``void`` (id in masks), ``budget`` (seconds), ``device``; of
-            ``encoders.open``: ``arch, arch_args, weights, mean, std, pooling, method``.
-
-    Returns:
-        Report. Bad input is one line (ValueError, FileNotFoundError): no such folder, fewer than 10 images, an attack
-        that the model can't serve.
+        suspected, reference: images in question, and images that were surely not used and are otherwise alike: a
+            folder, a Pool, or (N, H, W, 3) uint8; for segmenters with masks.
+        untrained: the architecture with fresh weights, queried only where an attack finds something, since it can only
+            take a finding back; ``"auto"``: made where it is known how.
+        level, seed, options: as on the command line: ``attack, augmentation, settings, groups, size, void, budget,
+            device``, and those of ``encoders.open``. Bad input is one line (ValueError, FileNotFoundError).
     """
     if not 0 < level < 1:
         raise ValueError(f"expected level in (0, 1), got {level}")
@@ -349,7 +337,7 @@ def _attack(report: Report, p: Plan, untrained: Any, seed: int, say: Callable[[s
         clear = metrics.clear_of(report.result, report.no_model).low > 0
         report.control = report.control._replace(clear=clear)
     best = p.attempts[report.found.strongest]
-    twin = p.subject.make_untrained(best) if isinstance(untrained, str) else untrained
+    twin = p.subject.make_untrained(best.model) if isinstance(untrained, str) else untrained
     if twin is None:
         report.notes.append("the control with an untrained model was not run: no untrained model was given")
         return
@@ -367,8 +355,4 @@ def compare(
     return run(encoder, suspected, reference, attack=attack, **options)
 
 
-def compare_segmenter(
-    segmenter: Any, suspected: Source, reference: Source, *, attack: str = "seg-global-loss", **options: Any
-) -> Report:
-    """Audit a segmenter with one attack; arguments as in :func:`compare`."""
-    return compare(segmenter, suspected, reference, attack=attack, **options)
+compare_segmenter = partial(compare, attack="seg-global-loss")

@@ -37,31 +37,28 @@ class Gate:
     details: Sequence[str] = ()
 
 
-# ---------------------------------------------------------------------------------------------------- files
-
-
 def read_facts(path: Path) -> dict[str, str | float]:
     """Read what a file says beside its pixels; numbers are compared by rank, words by how often they occur."""
-    facts: dict[str, str | float] = {"name pattern": re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", path.stem))}
-    facts["suffix"] = path.suffix
     with Image.open(path) as image:
-        facts |= {"format": str(image.format), "mode": image.mode}
-        facts |= {"width": float(image.width), "height": float(image.height)}
-        facts["bytes per pixel"] = path.stat().st_size / (image.width * image.height)
-        icc = image.info.get("icc_profile") or b""
-        facts["ICC profile"] = hashlib.blake2b(icc, digest_size=4).hexdigest() if icc else "none"
+        tables, icc = getattr(image, "quantization", None) or {}, image.info.get("icc_profile")
         try:
             exif = {ExifTags.TAGS.get(key, str(key)): str(value)[:40] for key, value in image.getexif().items()}
         except Exception:  # damaged EXIF data are a fact too
             exif = {"unreadable": "yes"}
-        facts["EXIF fields"] = ", ".join(sorted(exif)) or "none"
-        facts["EXIF camera and software"] = ", ".join(exif.get(key, "") for key in ("Make", "Model", "Software"))
-        tables = getattr(image, "quantization", None) or {}
-        facts["JPEG quantization"] = hashlib.blake2b(repr(sorted(tables.items())).encode(), digest_size=4).hexdigest()
-        facts["JPEG quantization"] = facts["JPEG quantization"] if tables else "none"
-        facts["JPEG subsampling"] = str(JpegImagePlugin.get_sampling(image)) if tables else "none"
-        facts["JPEG progressive"] = str(bool(image.info.get("progressive")))
-    return facts
+        return {
+            "name pattern": re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", path.stem)), "suffix": path.suffix,
+            "format": str(image.format), "mode": image.mode, "width": float(image.width), "height": float(image.height),
+            "bytes per pixel": path.stat().st_size / (image.width * image.height), "ICC profile": _digest(icc),
+            "EXIF fields": ", ".join(sorted(exif)) or "none",
+            "EXIF camera and software": ", ".join(exif.get(key, "") for key in ("Make", "Model", "Software")),
+            "JPEG quantization": _digest(repr(sorted(tables.items())).encode() if tables else b""),
+            "JPEG subsampling": str(JpegImagePlugin.get_sampling(image)) if tables else "none",
+            "JPEG progressive": str(bool(image.info.get("progressive"))),
+        }  # fmt: skip
+
+
+def _digest(content: bytes | None) -> str:
+    return hashlib.blake2b(content, digest_size=4).hexdigest() if content else "none"
 
 
 def compare_files(suspected: Sequence[Path], reference: Sequence[Path], *, level: float) -> Gate:
@@ -97,9 +94,6 @@ def _summarize(values: list) -> str:
         return f"median {np.median(values):.3g}"
     value, n = Counter(values).most_common(1)[0]
     return f"{value or 'empty'} ({100 * n / len(values):.0f} %)"
-
-
-# --------------------------------------------------------------------------------------------------- copies
 
 
 def find_copies(images: np.ndarray, is_member: np.ndarray) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -140,9 +134,6 @@ def compare_copies(across: list[tuple[int, int]], image_ids: np.ndarray) -> Gate
         return Gate("copies", True, "no image is in both folders, re-encoded or scaled")
     found = f"{len(pairs)} pairs of near-duplicates across the folders, such as {pairs[0]}: remove them from one"
     return Gate("copies", False, found, pairs)
-
-
-# --------------------------------------------------------------------------------------------------- pixels
 
 
 def describe_pixels(images: np.ndarray) -> dict[str, np.ndarray]:

@@ -68,8 +68,6 @@ class Report:
     meta: dict[str, Any] = field(default_factory=dict)
     thumbnails: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
-    # ------------------------------------------------------------------------------------------------- verdict
-
     @property
     def best(self) -> str:
         """Label of the attack that stands out most, on either side of .5; empty where none ran."""
@@ -171,8 +169,6 @@ class Report:
         lines += [f"not tried: {line}" for line in self.not_tried] + self.notes
         return "\n".join([*lines, self.verdict])
 
-    # -------------------------------------------------------------------------------------------------- record
-
     @property
     def rows(self) -> list[dict[str, Any]]:
         """One dict per attack: AUC with its interval, p alone, what would have been seen."""
@@ -232,10 +228,8 @@ class Report:
         """Write ``report.html``, ``audit.json`` and ``scores.csv`` into a folder."""
         texts = {"audit.json": json.dumps(self.to_dict(), indent=1), "report.html": self.to_html()}
         table, columns = io.StringIO(), self._columns
-        rows = zip(*(x.tolist() for x in columns.values()), strict=True)
-        csv.writer(table, lineterminator="\n").writerows(
-            [columns, *([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)]
-        )
+        rows = ([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in zip(*columns.values(), strict=True))
+        csv.writer(table, lineterminator="\n").writerows([columns, *rows])
         texts["scores.csv"] = table.getvalue()
         for name, text in texts.items():
             paths.write_atomic(Path(folder) / name, lambda file, text=text: file.write(text.encode()))
