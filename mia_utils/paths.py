@@ -16,9 +16,15 @@ from typing import Any, BinaryIO
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
+def is_checkout() -> bool:
+    """Whether the notebooks stand beside the package; an installed wheel has none."""
+    return (PACKAGE_ROOT / "notebooks").is_dir()
+
+
 def get_home() -> Path:
-    """Return the project folder: ``MIA_HOME``, else the checkout that holds this package."""
-    value = os.environ.get("MIA_HOME", str(PACKAGE_ROOT))
+    """Return the project folder: ``MIA_HOME``, else the checkout that holds this package, else a user cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mia_utils"
+    value = os.environ.get("MIA_HOME", str(PACKAGE_ROOT if is_checkout() else cache))
     if not value.strip():
         raise ValueError("MIA_HOME: expected a folder, got an empty text; name one or unset the variable")
     return Path(value).expanduser().resolve()
