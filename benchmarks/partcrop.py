@@ -184,7 +184,7 @@ def attack_as_published(
         Scores of the reported images after the last epoch, higher = more likely a member; seconds of every epoch, and
         of every scoring.
     """
-    net = network.make_network(2 * options.attack_crops, seed=options.seed)
+    net = network.make_network(2 * options.attack_crops, widths=(512, 256, 128), seed=options.seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=5e-4)
     known, epochs, scorings = roles["known"], [], []
     members, strangers = known[is_member[known]], known[~is_member[known]]
