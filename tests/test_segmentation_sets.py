@@ -144,11 +144,11 @@ def test_two_folders_become_the_pool_of_an_audit(tmp_path):
     make_pairs(tmp_path / "out", ["p1/a", "p1/c", "p2/d"])
     pools = [datasets.load(f"folder:{tmp_path / side}") for side in ("in", "out")]
     pool, is_member = datasets.join_pools(*pools)
-    assert pool.image_ids.tolist() == ["members/a.png", "members/b.png"] + [
-        f"strangers/{name}.png" for name in ("p1/a", "p1/c", "p2/d")
+    assert pool.image_ids.tolist() == ["suspected/a.png", "suspected/b.png"] + [
+        f"reference/{name}.png" for name in ("p1/a", "p1/c", "p2/d")
     ]
     assert is_member.tolist() == [True, True, False, False, False] and pool.masks.shape == (5, 8, 12)
-    assert pool.groups.tolist()[0] == "members/a.png" and pool.groups.tolist()[2] == "strangers/p1"
+    assert pool.groups.tolist()[0] == "suspected/a.png" and pool.groups.tolist()[2] == "reference/p1"
     make_pairs(tmp_path / "small", ["a"], size=(8, 8))
     with pytest.raises(ValueError, match="one size"):
         datasets.join_pools(pools[0], datasets.load(f"folder:{tmp_path / 'small'}"))

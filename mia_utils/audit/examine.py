@@ -154,14 +154,6 @@ def _read_groups(image_ids: np.ndarray, rule: str) -> np.ndarray:
     return np.array([match[0] for match in found])
 
 
-def _join(mine: datasets.Pool, other: datasets.Pool) -> tuple[datasets.Pool, np.ndarray]:
-    pool, is_member = datasets.join_pools(mine, other)
-    side = np.where(is_member, "suspected/", "reference/")
-    named = {key: x for key in ("image_ids", "groups") if (x := getattr(pool, key)) is not None}
-    named = {key: np.strings.add(side, [name.partition("/")[2] for name in x.tolist()]) for key, x in named.items()}
-    return replace(pool, **named), is_member
-
-
 @dataclass
 class Plan:
     """What an audit will do: model, images, attempts and the seconds they take (empty: not measured)."""
@@ -218,7 +210,7 @@ def plan(
     shape = shape or (getattr(subject.model, "shape", None) if subject.task == "encoder" else None)
     sets = {"suspected": suspected, "reference": reference}
     (mine, files), (other, other_files) = (_read(s, n, shape, groups, subject.task, void) for n, s in sets.items())
-    pool, is_member = _join(mine, other)
+    pool, is_member = datasets.join_pools(mine, other)
     across, within = gates.find_copies(pool.images, is_member)
     drop = set() if pool.groups is not None else {j for _, j in within}
     keep = np.array([i for i in range(len(pool)) if i not in drop])

@@ -192,8 +192,7 @@ def join_pools(a: Pool, b: Pool, *, name: str = "audit") -> tuple[Pool, np.ndarr
     def prefix(key: str) -> np.ndarray:
         # a side without groups: every image is one of its own
         sides = [pool.image_ids if getattr(pool, key) is None else getattr(pool, key) for pool in (a, b)]
-        # as in the first edition: random streams are keyed by these ids
-        return np.concatenate([np.strings.add("members/", sides[0]), np.strings.add("strangers/", sides[1])])
+        return np.concatenate([np.strings.add("suspected/", sides[0]), np.strings.add("reference/", sides[1])])
 
     joint = replace(
         a, name=name, images=join_images([a.images, b.images]), labels=np.concatenate([a.labels, b.labels]),
