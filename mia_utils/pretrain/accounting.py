@@ -40,15 +40,14 @@ def plan_privacy(
     """Choose the noise of a private training for its budget, and account for it.
 
     Args:
-        n_images: images trained on; each is in a Poisson batch with probability ``batch_size`` / ``n_images``.
-        steps: optimizer steps.
+        n_images, batch_size: an image is in a Poisson batch with probability ``batch_size`` / ``n_images``.
         epsilon: budget; the noise is chosen for it. Exactly one of this and ``noise_multiplier``.
         noise_multiplier: sd of the noise in units of ``max_grad_norm``; 0 gives no privacy.
         delta: probability of what epsilon does not cover (usual: below 1 / n_images).
         max_grad_norm: norm C that each image's gradient is clipped to (PartCrop's authors: 1.2).
 
     Returns:
-        The plan: epsilon (as reached; inf without noise), sample_rate, accountant and what was given.
+        What was given, epsilon (as reached; inf without noise), sample_rate and accountant.
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise ValueError("privacy: expected epsilon or noise_multiplier, one of the two")

@@ -26,10 +26,9 @@ class DINO(Method):
     """DINO over a timm ViT, which becomes the teacher, the encoder that is kept; the class token is trained.
 
     Args:
-        output_dim: number of prototypes (paper: 65,536; 1,024 at this size).
-        n_local: local crops of half the side (the released PartCrop recipe uses none, ours two).
+        output_dim: number of prototypes (paper: 65,536).
+        n_local: local crops of half the side (the released PartCrop recipe: none).
         momentum: start of the teacher momentum that grows to 1 by a cosine (paper: 0.996).
-        teacher_temperature, student_temperature: paper: 0.04, 0.1.
         hidden_dim, bottleneck_dim: of the head (paper: 2048, 256).
     """
 

@@ -1,7 +1,7 @@
 """Several processes train one model (``torchrun``): how they are started, and what they agree on.
 
-Process 0 finds, holds and writes the artifact; the others take the same steps on their rows of every batch. Without
-torchrun there is one process, and everything here is the identity. Nothing imports torch before it is needed.
+Process 0 writes the artifact; the others take the same steps on their rows of every batch. Nothing imports torch before
+it is needed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def launch(*, device: str | None = None, precision: str = "32-true") -> Fabric:
 
 @functools.cache
 def _agree() -> Any:
-    """Return the group of all processes that waits longer than the one gradients go through."""
+    """Return a group of all processes that waits longer than the one gradients go through."""
     import torch
 
     if not torch.distributed.is_initialized():

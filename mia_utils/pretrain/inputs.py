@@ -38,7 +38,7 @@ def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 def place(images: Any, device: torch.device) -> Tensor | Streamed:
-    """Put an array on the device as a whole; leave anything else, and files mapped into memory, where it is."""
+    """Put an array on the device; leave anything else, and files mapped into memory, where it is."""
     whole = isinstance(images, np.ndarray) and not isinstance(images, np.memmap)
     return to_tensor(images, device) if whole else Streamed(images, device)
 

@@ -44,8 +44,7 @@ def compute_conv_gradients(layer: nn.Conv2d, activations: list[Tensor], backprop
 class PerExampleGradients(GradSampleModule):
     """Opacus' hooks on a network: after ``backward`` every parameter has ``grad_sample`` (N, ...).
 
-    Repaired: convolutions (see above); modules reached by two names, which would be hooked twice (the encoder of a
-    masked-image model); and timm's subclass of layer norm.
+    Repaired: convolutions; modules of two names, hooked twice (a masked-image model's encoder); timm's layer norm.
     """
 
     GRAD_SAMPLERS = {**GradSampleModule.GRAD_SAMPLERS, nn.Conv2d: compute_conv_gradients}

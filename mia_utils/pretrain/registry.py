@@ -31,14 +31,11 @@ def get(name: str) -> tuple[type, dict]:
 
 
 def register(name: str, method: type, *, lr: float, weight_decay: float, batch_size: int, augmentation: str) -> None:
-    """Add a training method with its defaults; see ``pretrain/simclr.py`` for the shortest one.
+    """Add a training method under the name that profiles call it; ``pretrain/simclr.py`` is the shortest one.
 
-    Args:
-        name: how profiles call it.
-        method: ``nn.Module`` with ``backbone``, ``loss(images, *, augmentation, size, rng, progress)`` and
-            ``after_step(progress)``. ``loss`` is a mean over the images and draws from ``rng`` one row of numbers for
-            each; for several processes it must reach the same weights in every step, and for half precision augment
-            with ``pretrain.inputs.augment``.
+    ``method``: ``nn.Module`` with ``backbone``, ``loss(images, *, augmentation, size, rng, progress)``, a mean over the
+    images that draws one row of numbers for each and augments by ``pretrain.inputs.augment``, and
+    ``after_step(progress)``; for several processes every step must reach the same weights.
     """
     METHODS[name] = (method, dict(lr=lr, weight_decay=weight_decay, batch_size=batch_size, augmentation=augmentation))
 

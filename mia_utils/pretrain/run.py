@@ -102,10 +102,7 @@ class Run:
 
 
 class ResumeFile:
-    """State of an unfinished training, never fatal; all processes must see it, process 0 writes it.
-
-    A file of other ``settings`` is not continued.
-    """
+    """State of an unfinished training, never fatal; all processes must see it, process 0 writes it."""
 
     def __init__(self, path: str | Path, settings: dict):
         self.path, self.settings, self.failed = Path(path), repr(settings), False
