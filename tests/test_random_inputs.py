@@ -15,18 +15,18 @@ from scipy import stats
 
 from mia_utils.protocol import intervals, metrics, resampling
 
-N_INPUTS = int(os.environ.get("MIA_INPUTS", "2000"))
-N_WEIGHTS = 50  # an input is a score, its sides and weights; so many weights share a score that is evaluated as a whole
+N_INPUTS = int(os.environ.get("MIA_INPUTS", "20000"))
+N_WEIGHTS = 200  # an input is a score, its sides and weights; these share a score, which is evaluated as a whole too
 RATES = np.array([0.1, 0.3, 0.55, 1.0])
 
 
 def draw_input(rng) -> resampling.Scores | None:
     """Few images with many ties, in folds or blocks of one or both sides, from reversed to perfect; None: refused."""
-    n, n_folds = int(rng.integers(2, 15)), int(rng.integers(1, 4))
-    folds = np.arange(n) % n_folds if n_folds > 1 else None
-    is_member, groups = rng.permutation(n) < rng.integers(0, n + 1), None
+    n, n_folds = int(rng.integers(2, 15)), int(rng.choice([1, 1, 1, 2, 3]))
+    n, folds = (n, None) if n_folds == 1 else (n + 6, np.arange(n + 6) % n_folds)
+    is_member, groups = rng.permutation(n) < rng.integers(n // 10, n), None
     if folds is None and rng.random() < 0.4:
-        groups = rng.integers(0, rng.integers(1, 9), size=n)
+        groups = rng.integers(0, rng.integers(2, 9), size=n)
         is_member = (rng.random(9) < 0.5)[groups] if rng.random() < 0.6 else is_member
     score = np.round(rng.normal(size=n) + rng.choice([-3, 0, 1, 5]) * is_member, int(rng.integers(0, 3)))
     parts = [is_member] if folds is None else [is_member[folds == f] for f in range(n_folds)]
@@ -111,7 +111,7 @@ def test_random_inputs_agree_with_slow_references():
         if x.folds is None:
             np.testing.assert_allclose(tpr, find_tpr(x, weights), atol=1e-12)
         check_whole(x, auc[0])
-    print(f"{N_INPUTS:,} inputs, {n_refused:,} refused for a class or block that is missing, none wrong")
+    print(f"{N_INPUTS:,} inputs, {n_refused:,} of them refused (a side or a second block is missing), none wrong")
 
 
 def test_few_images_get_the_exact_p_of_scipy():

@@ -43,7 +43,8 @@ class Roles:
                 n_members = int(self.is_member[here].sum())
                 if n_members in (0, len(here)):
                     has = f"the {name} set of fold {f} has {n_members} members and {len(here) - n_members} non-members"
-                    raise ValueError(f"expected both in every set, {has}: draw more images (or more groups)")
+                    expected = "expected members and non-members in every set"
+                    raise ValueError(f"{expected}, {has}: draw more images (or more groups)")
             together = np.concatenate(sets)
             assert len(np.unique(together)) == len(together), "the sets of a fold share an image"
             if self.groups is not None and by_block and self.knowledge == "partial":

@@ -128,14 +128,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    per_seed: np.ndarray,
-    drawn: np.ndarray,
-    *,
-    widen: Sequence[float],
-    shared: bool,
-    units: Sequence[tuple[int, int]] | None = None,
-    confidence: float = 0.95,
-) -> Estimate:
+    per_seed: np.ndarray, drawn: np.ndarray, *, widen: Sequence[float], shared: bool,
+    units: Sequence[tuple[int, int]] | None = None, confidence: float = 0.95,
+) -> Estimate:  # fmt: skip
     """Put an interval around the mean AUC (or difference of AUCs) of S trainings.
 
     One training: percentile bootstrap, half widths times ``widen``. Several: mean +- t(S - 1) sqrt(max(s^2, W) / S +

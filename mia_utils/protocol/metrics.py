@@ -58,16 +58,10 @@ class Result:
 
 
 def evaluate(
-    score: np.ndarray,
-    is_member: np.ndarray,
-    *,
-    threshold: float | np.ndarray | None = None,
-    groups: np.ndarray | None = None,
-    folds: np.ndarray | None = None,
-    confidence: float = 0.95,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-) -> Result:
+    score: np.ndarray, is_member: np.ndarray, *, threshold: float | np.ndarray | None = None,
+    groups: np.ndarray | None = None, folds: np.ndarray | None = None, confidence: float = 0.95,
+    n_bootstrap: int = 1000, seed: int = 0,
+) -> Result:  # fmt: skip
     """Evaluate one score: AUC, TPR at fixed FPRs, and what the threshold does, with two-sided intervals.
 
     Stratified percentile bootstrap over images (whole blocks with ``groups``), the threshold of each FPR picked anew in

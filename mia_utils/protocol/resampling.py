@@ -156,7 +156,8 @@ def _count_hits(tp: np.ndarray, fp: np.ndarray, budget: np.ndarray, n_folds: int
         spent = np.take_along_axis(np.pad(fp, ((0, 0), (1, 0))), taken, axis=1)
         last = np.searchsorted(flat, (spent + offset).ravel(), side="left").reshape(taken.shape) - row * n_steps + 1
         sure = np.take_along_axis(hits, np.minimum(last, taken), axis=1)
-        found -= np.where(spent > 0, (found - sure) * (1 - 1 / n_folds), 0)
+        in_gap = (spent > 0) & (spent < fp[:, -1:])  # below the last non-member nothing is left to hold out for
+        found -= np.where(in_gap, (found - sure) * (1 - 1 / n_folds), 0)
     return found
 
 

@@ -187,15 +187,9 @@ def join(pool: Pool, split: Split, other: Pool, other_split: Split) -> tuple[Poo
 
 
 def draw(
-    pool: Pool,
-    *,
-    n_members: int = 256,
-    n_nonmembers: int = 3000,
-    n_shadow_members: int | None = None,
-    n_shadow_nonmembers: int | None = None,
-    seed: int = 0,
-    rule: str = "iid",
-) -> Split:
+    pool: Pool, *, n_members: int = 256, n_nonmembers: int = 3000, n_shadow_members: int | None = None,
+    n_shadow_nonmembers: int | None = None, seed: int = 0, rule: str = "iid",
+) -> Split:  # fmt: skip
     """Assign the images of a pool at random to the roles of an experiment; of exact duplicates only the first has one.
 
     Every role has of each label exactly its proportion of the pool, rounded down or up, each image as likely as any
