@@ -177,7 +177,7 @@ def test_every_division_of_a_pool_together_keeps_the_level(monkeypatch):
 
 
 def test_a_score_does_not_know_its_side_name_or_place(encoder, pool):
-    """Else the p-value of a fixed seed is that of its draws, not of the images: 11 of 800 innocents were called."""
+    """Else scores of one seed belong to places, and random sides are exchangeable only on average over seeds."""
     attempt = battery.Attempt("encodermi-t", encoder, {"n_views": 3})
     order = np.random.default_rng(0).permutation(len(pool))
     renamed = datasets.Pool("b", pool.images[order], np.zeros(120, int), pool.image_ids, None, ("all",))
@@ -338,6 +338,8 @@ def test_the_command_line_reports_checks_and_fails_on_demand(encoder, pool, tmp_
     shown = capsys.readouterr()
     assert "INCONCLUSIVE" in shown.out and (tmp_path / "out" / "report.html").is_file()
     assert shown.err.index("in all about") < shown.err.index("attack 1 of 1: token-spread")  # before and during
+    assert cli.main([*plain, "--device", "cuda:99"]) == 2
+    assert "device 'cuda:99' can't be used here" in capsys.readouterr().err
     assert cli.main([*plain, "--fail-on", "leak", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["attacks"][0]["attack"] == "token-spread"
     assert cli.main([weights, mine, other, "--check", "--set", "n_views=3"]) == 0
@@ -366,6 +368,8 @@ def test_the_command_line_reports_checks_and_fails_on_demand(encoder, pool, tmp_
         (["none.pth", "folder:", "A"], "suspected: expected a folder"),
         (["none.pth", "A", "A", "--mean", ".5,.5"], "one number or three"),
         (["none.pth", "A", "A", "--level", "0"], "level between 0 and 1"),
+        (["none.pth", "A", "A", "--budget", "0s"], "10min"),
+        (["views", "A", "--out", "A", "--n", "0"], "at least 1"),
         (["canaries", "A"], "canaries make or canaries test"),
         (["views", "A"], "--out"),
         (["outputs", "none.npz", "A", "A"], "none.npz can't be read"),

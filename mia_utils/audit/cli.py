@@ -59,6 +59,7 @@ def to_names(text: str) -> list[str]:
 
 PAIRS = dict(type=make_type("KEY=VALUE", r"([a-zA-Z_]\w*)=(.*)", to_pair), action="append", default=[], metavar="K=V")
 COLORS = make_type("one number or three between commas", rf"{NUMBER}(?:,{NUMBER},{NUMBER})?", to_colors)
+COUNT = make_type("a number of at least 1", r"0*[1-9]\d*", int)
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": dict(help="folder or file of weights, timm:NAME, or FILE.py:function that returns what wrap() makes"),
     "features": dict(help="npz with names and features, or CSV of name and numbers: what came back for the views"),
@@ -88,11 +89,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "--seed": dict(type=int),
     "--budget": dict(
-        type=make_type("for example 90s, 10min or 1h", r"(\d+(?:\.\d+)?)(s|min|h)", to_seconds),
+        type=make_type("for example 90s, 10min or 1h", r"(0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*)(s|min|h)", to_seconds),
         help="time for all attacks: 90s, 10min, 1h; the dearest are left out",
     ),
-    "--n": dict(type=int, default=10, help="views of an image"),
-    "-k": dict(type=int, default=20, help="twins of an image, of which one is published"),
+    "--n": dict(type=COUNT, default=10, help="views of an image"),
+    "-k": dict(type=COUNT, default=20, help="twins of an image, of which one is published"),
     "--out": dict(type=Path, help="folder to write to (an audit: report.html, audit.json, scores.csv)"),
     "--json": dict(action="store_true", help="print audit.json instead of text"),
     "--fail-on": dict(type=to_names, default=list(CODES), help="findings with an exit code above 0 (default: all)"),
@@ -152,21 +153,20 @@ def run_audit(o: argparse.Namespace, repeat: str) -> int:
     """Plan, say how long it takes, audit, print and write the record."""
     from mia_utils.audit import api, examine  # torch takes seconds; arguments are checked within half of one
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     if hasattr(o, "features"):
         p = api.plan_outputs(o.features, o.suspected, o.reference, size=o.size, groups=o.groups)
     else:
         own = {"level", "seed", "out", "json", "fail_on", "check"}
         options = {key: value for key, value in vars(o).items() if key not in own}
         options |= {"settings": dict(o.settings), "arch_args": dict(o.arch_args) or None}
-        p = examine.plan(**options, measure=True)
+        p = examine.plan(**options, measure=o.check)
         if o.check:
             print(p)
             return 0
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    say(p.estimate)
     untrained = None if hasattr(o, "features") else "auto"
     report = examine.conclude(p, untrained=untrained, level=o.level, seed=o.seed or 0, command=repeat, say=say)
     print(json.dumps(report.to_dict(), indent=1) if o.json else report)

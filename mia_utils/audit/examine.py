@@ -86,6 +86,10 @@ def open_subject(model: Any, *, task: str = "auto", device: str | None = None, *
             subject.fresh_decoder = run.autoencoder_at(0) if 0 in run.checkpoints else None
             subject.facts["augmentation"] = (str(subject.augmentation), READ)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} can't be used here ({str(error).splitlines()[0]})") from None
     for part in (subject.model, subject.decoder, subject.fresh_decoder):
         if part is not None and device != "cpu":
             part.to(device)
@@ -283,9 +287,9 @@ def run(
 
 def conclude(
     p: Plan, *, untrained: Any = "auto", level: float = 0.01, seed: int = 0, command: str = "",
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> Report:  # fmt: skip
-    """Pass the gates and try the attacks of a plan; ``say`` is told what is being done."""
+    """Pass the gates and try the attacks of a plan; ``say`` is told how long it takes and what is being done."""
     start, pool, is_member = time.perf_counter(), p.pool, p.is_member
     found = [gates.compare_files(*p.files, level=level)] if p.files else []
     found.append(gates.compare_copies(p.across, pool.image_ids))
@@ -305,12 +309,18 @@ def conclude(
     return report
 
 
-def _attack(report: Report, p: Plan, untrained: Any, seed: int, say: Callable[[str], None]) -> None:
+def _attack(report: Report, p: Plan, untrained: Any, seed: int, say: Callable[[str], None] | None) -> None:
     """Try everything, and the strongest once more on an untrained model."""
     is_member, fold = p.is_member, battery.assign_folds(p.is_member, p.units, seed)
+    if say and not p.seconds:
+        say("gates passed; measures the time on 4 images")
+        p.seconds = [battery.measure_seconds(attempt, p.pool) for attempt in p.attempts]
+    if say:
+        say(p.estimate)
 
     def measure(attempt: battery.Attempt, name: str) -> np.ndarray:
-        say(name)
+        if say:
+            say(name)
         x = attempt.query(p.pool, seed)
         return battery.make_smoother(x, fold) if get_attack(attempt.attack).fitted else x
 
