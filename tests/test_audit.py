@@ -16,6 +16,7 @@ from importlib import resources
 import jsonschema
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -351,6 +352,21 @@ def test_the_command_line_reports_checks_and_fails_on_demand(encoder, pool, tmp_
         "from mia_utils import encoders\ndef make():\n    return encoders.wrap(lambda x: x.mean((2, 3)), size=32)\n"
     )
     assert cli.main([f"{tmp_path}/mine.py:make", mine, other, "--attack", "encodermi-t"]) == 5
+
+
+def test_the_decoder_of_a_foreign_mae_is_attacked_too(pool, tmp_path):
+    parts = []
+    for dim, depth in ((64, 2), (32, 1)):
+        sizes = dict(img_size=32, patch_size=8, embed_dim=dim, depth=depth, num_heads=2, num_classes=0)
+        parts.append(timm.create_model("vit_tiny_patch16_224", **sizes).state_dict())
+    state = parts[0] | {f"decoder_{k}": v for k, v in parts[1].items() if k.startswith(("blocks", "norm"))}
+    state |= {"decoder_embed.weight": torch.randn(32, 64), "decoder_embed.bias": torch.zeros(32)}
+    state |= {"decoder_pred.weight": torch.randn(192, 32), "decoder_pred.bias": torch.zeros(192)}
+    state |= {"mask_token": torch.zeros(1, 1, 32), "decoder_pos_embed": torch.randn(1, 17, 32)}
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    p = examine.plan(tmp_path / "mae.pth", pool.images[:12], pool.images[12:24], arch_args={"num_heads": 2})
+    attempt = next(attempt for attempt in p.attempts if attempt.attack == "mim")
+    assert attempt.query(p.pool, 0).shape == (24,) and p.subject.make_untrained(attempt.model) is not attempt.model
 
 
 @pytest.mark.parametrize(

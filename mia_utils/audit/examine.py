@@ -85,6 +85,8 @@ def open_subject(model: Any, *, task: str = "auto", device: str | None = None, *
             subject.decoder, subject.augmentation = run.decoder, run.settings.get("augmentation")
             subject.fresh_decoder = run.autoencoder_at(0) if 0 in run.checkpoints else None
             subject.facts["augmentation"] = (str(subject.augmentation), READ)
+        elif getattr(encoder, "decoder", None) is not None:
+            _open_decoder(subject)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -96,6 +98,17 @@ def open_subject(model: Any, *, task: str = "auto", device: str | None = None, *
     if (module := getattr(subject.model, "module", None)) is not None:
         module.to(memory_format=torch.channels_last)  # convolutions take two thirds of the time
     return subject
+
+
+def _open_decoder(subject: Subject) -> None:
+    """Open the decoder that an MAE checkpoint kept, and one with fresh weights."""
+    try:
+        from mia_utils.pretrain import foreign  # its modules are the book's: an audit runs without them
+    except ModuleNotFoundError as error:
+        subject.facts["decoder"] = (f"not opened: the MIM attack needs {error.name}, of the extra book", READ)
+        return
+    subject.decoder = foreign.open_decoder(subject.model)
+    subject.fresh_decoder = foreign.open_decoder(subject.model, untrained_seed=0)
 
 
 def _holds_segmenter(path: Path) -> bool:
