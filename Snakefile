@@ -11,28 +11,14 @@ PYTHON = PLAN["python"]
 
 rule all:
     input:
-        [f"{job}.done" for job in [*PLAN["train"], *PLAN["notebooks"]]],
+        [f"{job}.done" for job in PLAN["jobs"]],
 
 
-for index, job in enumerate(PLAN["data"]):
-
-    rule:
-        name:
-            f"data_{index}"
-        output:
-            touch(f"{job}.done"),
-        params:
-            job=job,
-        priority: 1000
-        shell:
-            "{PYTHON:q} -m mia_utils.runner.jobs plan.json {params.job:q}"
-
-
-for index, (job, work) in enumerate(PLAN["train"].items()):
+for index, (job, work) in enumerate(PLAN["jobs"].items()):
 
     rule:
         name:
-            f"train_{index}"
+            f"{work['kind']}_{index}"
         input:
             [f"{name}.done" for name in work["needs"]],
         output:
@@ -43,23 +29,6 @@ for index, (job, work) in enumerate(PLAN["train"].items()):
         # the first row and the notebook that needs only it go before everything else: the first finding comes early
         priority: work["priority"]
         resources:
-            gpu=1,
+            gpu=int(work["kind"] != "data"),
         shell:
-            "{PYTHON:q} -m mia_utils.runner.jobs plan.json {params.job:q}"
-
-
-for index, (job, work) in enumerate(PLAN["notebooks"].items()):
-
-    rule:
-        name:
-            f"notebook_{index}"
-        input:
-            [f"{name}.done" for name in work["needs"]],
-        output:
-            touch(f"{job}.done"),
-        params:
-            job=job,
-        threads: 1
-        priority: work["priority"]
-        shell:
-            "{PYTHON:q} -m mia_utils.runner.jobs plan.json {params.job:q}"
+            "{PYTHON:q} -m mia_utils.runner.warm mia_utils.runner.jobs plan.json {params.job:q}"

@@ -36,6 +36,9 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ER
 class Damaged(ValueError):
     """An artifact that is not what it says; the message is one line that names the file."""
 
+    def __init__(self, path: str, reason: str, advice: str = "put it back or delete the folder"):
+        super().__init__(f"{path} {' '.join(reason.split())[:160]}: {advice}")
+
 
 def hash_spec(spec: dict[str, Any]) -> str:
     """Return the 8-hex-digit identity of a spec (JSON with sorted keys, blake2b)."""
@@ -49,25 +52,27 @@ def name_of(spec: dict[str, Any]) -> str:
     return "-".join(filter(None, [spec["kind"], str(spec.get("readable", "")), hash_spec(identity)]))
 
 
-def find(spec: dict[str, Any]) -> Path | None:
+def find(spec: dict[str, Any], *, whole: bool = False) -> Path | None:
     """Return the folder of a finished artifact from the search path, None when it has to be made.
 
     A damaged one of hours of work is an error of one line; another is passed over. The bytes of files are compared
-    where they are read: see ``verify``.
+    only where the artifact has to be ``whole``, and where they are read: see ``verify``.
     """
-    for folder in paths.get_artifact_dirs():
-        path = folder / name_of(spec)
-        if (path / "meta.json").is_file():
-            try:
-                meta = read_meta(path)
-                for name in meta.get("files", {}):
-                    if not (path / name).is_file() or not (path / name).stat().st_size:
-                        raise Damaged(f"{path.name}: {name} is missing or empty: put it back or delete the folder")
-            except Damaged:
-                if spec["kind"] in TRAINED:
-                    raise
-                continue
+    for path in [folder / name_of(spec) for folder in paths.get_artifact_dirs()]:
+        if not (path / "meta.json").is_file():
+            continue
+        try:
+            for name in read_meta(path).get("files", {}):
+                if not (path / name).is_file() or not (path / name).stat().st_size:
+                    raise Damaged(f"{path.name}:", f"{name} is missing or empty")
+            if whole:
+                verify(path)
             return path
+        except Damaged as error:
+            if spec["kind"] in TRAINED:
+                raise
+            if whole:
+                print(f"{error}; it is made again", flush=True)
     return None
 
 
@@ -76,15 +81,15 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         told, digest = name_of(meta["spec"]), meta.pop("digest", None)
-        if not isinstance(meta.get("files", {}), dict) or not isinstance(meta.get("provenance", {}), dict):
+        if not isinstance(meta.get("files", {}), dict) or not isinstance(meta.setdefault("provenance", {}), dict):
             raise ValueError("files or provenance is no mapping")
         if digest not in (None, _hash_text(meta)):
             raise ValueError("it was changed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise Damaged(f"{path.name}/meta.json can't be read ({reason}): put it back or delete the folder") from None
+        raise Damaged(f"{path.name}/meta.json", f"can't be read ({error})") from None
     if told != path.name:
-        raise Damaged(f"{path.name}/meta.json is that of {told}: folders were exchanged; put them back or delete them")
+        advice = "put them back or delete them"
+        raise Damaged(f"{path.name}/meta.json", f"is that of {told}: folders were exchanged", advice)
     return meta
 
 
@@ -93,11 +98,10 @@ def verify(path: Path) -> None:
     """Compare every file of an artifact with its digest, else raise ``Damaged``; without digests (old) it passes."""
     for name, digest in read_meta(path).get("files", {}).items():
         try:
-            same = hash_file(path / name) == digest
+            if hash_file(path / name) != digest:
+                raise Damaged(f"{path.name}:", f"{name} was changed since it was written")
         except OSError as error:
-            raise Damaged(f"{path.name}: {name} can't be read ({error.strerror}): delete the folder") from None
-        if not same:
-            raise Damaged(f"{path.name}: {name} was changed since it was written: put it back or delete the folder")
+            raise Damaged(f"{path.name}:", f"{name} can't be read ({error.strerror})") from None
 
 
 def hash_file(path: Path) -> str:
@@ -124,10 +128,8 @@ def get_provenance() -> dict[str, Any]:
     """Return commit, versions and machine: recorded beside a result, never part of its identity."""
     versions = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "timm", "lightly", "scikit-learn", "numpy"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     made = {"machine": platform.machine(), "threads": threads, "made": time.strftime("%Y-%m-%d %H:%M")}
     return {"commit": get_commit(), "versions": versions, **made}
@@ -138,48 +140,28 @@ def get_work_dir(spec: dict[str, Any]) -> Path:
     return paths.get_artifact_dirs()[0] / ".unfinished" / name_of(spec)
 
 
-def _find_whole(spec: dict[str, Any]) -> Path | None:
-    """Return the verified artifact of a spec; None where it has to be made, or made again."""
-    found = find(spec)
-    try:
-        if found:
-            verify(found)
-        return found
-    except Damaged as error:
-        if spec["kind"] in TRAINED:
-            raise
-        print(f"{error}; it is made again", flush=True)
-        return None
-
-
 def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | None], *, wait: float = -1) -> Path:
     """Return the artifact of a spec, verified; make it when there is none, or when it is damaged and quickly made.
+
+    A killed or doubled run leaves nothing half-written: the folder is filled under another name, under a lock, and
+    renamed. A folder that can't be written, or a wait that ended, is a ValueError.
 
     Args:
         spec: ``kind``, an optional ``readable`` part of the name, and everything the result depends on.
         make: called with an empty folder to fill; what it returns is added to ``meta.json``.
         wait: seconds to wait for another process that makes the same artifact; -1: as long as it takes.
-
-    Returns:
-        Path of the finished folder. A killed or doubled run leaves nothing half-written: the folder is filled under
-        another name, under a lock, and renamed.
-
-    Raises:
-        ValueError: the folder of artifacts can't be written, the wait ended, or hours of work are damaged.
     """
-    found = _find_whole(spec)
-    if found:
+    if found := find(spec, whole=True):
         return found
-    work = get_work_dir(spec)
-    part, final = work / "result", paths.get_artifact_dirs()[0] / name_of(spec)
+    work, final = get_work_dir(spec), paths.get_artifact_dirs()[0] / name_of(spec)
+    part = work / "result"
     with hold(name_of(spec), wait=wait) as lock:
-        found = _find_whole(spec)
-        if found:
+        if found := find(spec, whole=True):
             return found
+        shutil.rmtree(part, ignore_errors=True)
         with _explain_writing(final.parent):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
             try:
+                part.mkdir(parents=True)
                 began = time.perf_counter()
                 extra = make(part) or {}
                 provenance = get_provenance() | {"seconds": round(time.perf_counter() - began, 2)}
@@ -191,9 +173,8 @@ def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | N
                 (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
                 shutil.rmtree(final, ignore_errors=True)  # damaged, or without meta.json: no artifact
                 part.replace(final)
-            except BaseException:
+            finally:
                 shutil.rmtree(part, ignore_errors=True)
-                raise
         shutil.rmtree(work, ignore_errors=True)
         Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it opens another and finds the artifact
         verify.cache_clear()
@@ -235,22 +216,19 @@ def fingerprint_data(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     Generated scenes: their RECIPE and arguments. A cache ``<name>.npz``: the check sums in its zip directory. A
     folder: names and sizes of its files. Nothing yet: None, so that a plan can be made before the download.
     """
-    known = {"name": name if not name.startswith("folder:") else "folder", "arguments": arguments}
+    source, size, content = name.partition("@")[0], arguments.get("size"), None  # NAME@SPACE: the same file
     if name.startswith("scenes"):
-        return known | {"content": RECIPES["scenes"]}
-    if name.startswith("folder:"):
+        content = RECIPES["scenes"]
+    elif name.startswith("folder:"):
         folder = Path(name[7:]).expanduser()
-        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        return known | {"content": hash_spec({str(path.relative_to(folder)): path.stat().st_size for path in files})}
-    source, size = name.partition("@")[0], arguments.get("size")  # NAME@SPACE: the same file, other labels
-    pair = [size, size] if isinstance(size, int) else size
-    wanted = [f"{source}-{pair[0]}x{pair[1]}.npz"] if pair else []
-    wanted = [paths.get_raw_dir() / file for file in (*wanted, f"{source}.npz")]
-    for path in [*wanted, *sorted(paths.get_raw_dir().glob(f"{source}-*.npz"))]:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                sums = {info.filename: info.CRC for info in archive.infolist()}
-        except (OSError, zipfile.BadZipFile):
-            continue  # not there, or damaged
-        return known | {"content": hash_spec(sums)}
-    return known | {"content": None}
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        name, content = "folder", hash_spec({str(path.relative_to(folder)): path.stat().st_size for path in files})
+    else:
+        pair = [size, size] if isinstance(size, int) else size
+        wanted = [paths.get_raw_dir() / f"{source}-{pair[0]}x{pair[1]}.npz"] if pair else []
+        others = sorted(paths.get_raw_dir().glob(f"{source}-*.npz"))
+        for path in [*wanted, paths.get_raw_dir() / f"{source}.npz", *others]:
+            with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+                content = hash_spec({info.filename: info.CRC for info in archive.infolist()})
+                break
+    return {"name": name, "arguments": arguments, "content": content}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
     from mia_utils.runner.profiles import Row
 
-METHODS = ("mae", "simmim", "dino", "moco", "moco-v1", "moco-v2", "simclr", "supervised")
 SEGMENTERS = ("unet", "upernet", "pspnet", "deeplabv3plus")  # their arch is the encoder
-METHODS += SEGMENTERS
-CONTRASTIVE = ("dino", "moco", "moco-v1", "moco-v2", "simclr")  # they compare views of an image, which are crops
+METHODS = ("mae", "simmim", "dino", "moco", "moco-v1", "moco-v2", "simclr", "supervised", *SEGMENTERS)
 ARCHS = ("vit_nano_patch8_32", "vit_micro_patch8_32", "vit_micro_patch4_32", "vit_micro_patch8_64", "resnet_wide_32")
 ARCHS += ("vit_mini_patch8_32", "vit_small_patch8_32", "vit_small_patch8_64", "swin_thin_32", "resnet_thin_32")
 ARCHS += ("resnet18_32", "mobilenet_v2", "resnet18", "resnet34", "resnet50")  # the usual ones; any of timm will do
@@ -26,17 +26,29 @@ STRENGTHS = {
     "drop-path": "drop_path", "label-smoothing": "label_smoothing", "crop-mixup": "mixup", "distillation": "distill",
     "min-max": "minmax",
 }  # fmt: skip
-DEFENSES = tuple(STRENGTHS)
 PRIVATE_METHODS = ("mae", "simmim", "unet")  # whose per-example gradients are exact; others are refused
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)  # unknown keys and wrong types are errors
 
 # Options of a row: keyword arguments of pretrain.fit, of a method's class and, for segmenters, of the network.
 # Written down so that a plan needs no torch; a test compares the names with the signatures.
-Count = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(gt=0, lt=2**63)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Privacy(TypedDict, total=False):
+    """Of ``pretrain.fit(privacy=...)``: one of epsilon and noise_multiplier."""
+
+    __pydantic_config__ = STRICT
+    epsilon: Rate
+    noise_multiplier: Weight
+    delta: Rate
+    max_grad_norm: Rate
+
+
 FIT_OPTIONS = {"batch_size": Count, "lr": Rate, "weight_decay": Weight, "warmup": Share}
-FIT_OPTIONS |= {"checkpoints": list[Annotated[int, Field(ge=0)]], "precision": str, "privacy": dict}
+FIT_OPTIONS |= {"checkpoints": list[Annotated[int, Field(ge=0)]], "precision": Literal[PRECISIONS], "privacy": Privacy}
 _ENCODER = {"dropout": Share, "drop_path": Share, "input_size": Count}
 _MASKED = _ENCODER | {"mask_ratio": Annotated[float, Field(gt=0, lt=1)], "mean": list[float], "std": list[float]}
 _CONTRAST = _ENCODER | {"temperature": Rate, "momentum": Annotated[float, Field(ge=0, le=1)], "output_dim": Count}
@@ -64,66 +76,72 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
         }.items()
     },
 }  # fmt: skip
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)  # unknown keys and wrong types are errors
 
 
 def find_wrong_option(row: Row) -> str | None:
     """Say which option of a row its method does not take, or not with this value."""
-    known = FIT_OPTIONS | METHOD_OPTIONS[row.method]
-    for key, value in row.options.items():
+    known, options = FIT_OPTIONS | METHOD_OPTIONS[row.method], row.options
+    for key, value in options.items():
         if key not in known:
             return f"options: {row.method} takes no {key!r}{suggest(key, known)}"
         try:
             TypeAdapter(known[key]).validate_python(value, strict=True)
         except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Input should be ")
-            return f"options: {key}: expected {message}, got {shorten(value)}"
-    if late := [epoch for epoch in row.options.get("checkpoints", []) if epoch > row.epochs]:
+            where = ": ".join(["options", key, *map(str, error.errors()[0]["loc"])])
+            return f"{where}: {explain(error)}"
+    if late := [epoch for epoch in options.get("checkpoints", []) if epoch > row.epochs]:
         return f"options: checkpoints: expected epochs up to {row.epochs}, got {late[0]}"
-    if row.options.get("queue_size", 0) > row.n_train // 2:
-        return f"options: queue_size: expected up to half of n_train, got {row.options['queue_size']}"
+    if options.get("queue_size", 0) > row.n_train // 2:
+        return f"options: queue_size: expected up to half of n_train, got {options['queue_size']}"
     return None
 
 
 def find_wrong_defense(row: Row) -> str | None:
     """Say what is wrong with a row's defense: options that are missing, out of range, or of another method."""
-    option, segments = STRENGTHS[row.defense], row.method in SEGMENTERS
-    precision = row.options.get("precision", PRECISIONS[0])
-    if precision not in PRECISIONS:
-        return f"options: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
-    if "privacy" in row.options and precision != PRECISIONS[0]:
-        return f"options: precision: private training needs {PRECISIONS[0]}, got {precision!r}"
-    if "privacy" in row.options and row.defense != "dp-sgd":
-        return f"defense: expected dp-sgd for a row with options: privacy, got {row.defense!r}"
-    if row.defense in ("scsr", "crop-mixup") and not row.augmentation.startswith("crop"):
-        return f"augmentation: expected crop:LOW-HIGH for defense {row.defense}, got {row.augmentation!r}"
-    if row.defense in ("label-smoothing", "crop-mixup", "distillation", "min-max") and not segments:
-        return f"defense: {row.defense} fits segmenters ({', '.join(SEGMENTERS)}), got method {row.method!r}"
-    if row.defense == "drop-path" and segments:
-        return f"defense: drop-path fits encoders, got method {row.method!r}"
-    if option is None:
-        return None
-    if option != "privacy":
-        value = row.options.get(option)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            return f"options: {option}: defense {row.defense} expects a number of at least 0, got {value!r}"
-        return None
-    if row.method not in PRIVATE_METHODS:
-        return f"defense: dp-sgd fits {', '.join(PRIVATE_METHODS)} (others couple images), got method {row.method!r}"
-    known, privacy = ("epsilon", "noise_multiplier", "delta", "max_grad_norm"), row.options.get("privacy")
-    if not isinstance(privacy, dict) or set(privacy) - set(known) or ("epsilon" in privacy) == (known[1] in privacy):
+    name, options, segments, method = row.defense, row.options, row.method in SEGMENTERS, f"got method {row.method!r}"
+    option, privacy = STRENGTHS[name], options.get("privacy")
+    sizes = privacy.keys() & {"epsilon", "noise_multiplier"} if isinstance(privacy, dict) else ()
+    if privacy is not None and options.get("precision", PRECISIONS[0]) != PRECISIONS[0]:
+        return f"options: precision: private training needs {PRECISIONS[0]}, got {options['precision']!r}"
+    if privacy is not None and name != "dp-sgd":
+        return f"defense: expected dp-sgd for a row with options: privacy, got {name!r}"
+    if name in ("scsr", "crop-mixup") and not row.augmentation.startswith("crop"):
+        return f"augmentation: expected crop:LOW-HIGH for defense {name}, got {row.augmentation!r}"
+    if name in ("label-smoothing", "crop-mixup", "distillation", "min-max") and not segments:
+        return f"defense: {name} fits segmenters ({', '.join(SEGMENTERS)}), {method}"
+    if name == "drop-path" and segments:
+        return f"defense: drop-path fits encoders, {method}"
+    if name == "dp-sgd" and row.method not in PRIVATE_METHODS:
+        return f"defense: dp-sgd fits {', '.join(PRIVATE_METHODS)} (others couple images), {method}"
+    if name == "dp-sgd" and len(sizes) != 1:
         return f"options: privacy: expected epsilon or noise_multiplier, and delta, max_grad_norm, got {privacy!r}"
-    for key, value in privacy.items():
-        least = value > 0 or (key == "noise_multiplier" and value == 0) if isinstance(value, (int, float)) else False
-        if isinstance(value, bool) or not least:
-            return f"options: privacy: {key}: expected a number above 0, got {value!r}"
+    if option and option not in options:
+        return f"options: {option}: defense {name} expects a number of at least 0, got None"
     return None
 
 
-def suggest(key: object, known: Any) -> str:
+def explain(error: ValidationError) -> str:
+    """Return the first complaint of pydantic as "expected ..., got ..."."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
+    message = "no such key" if first["type"] == "extra_forbidden" else message
+    return f"expected {message}, got {shorten(first['input'])}"
+
+
+def find_close(key: object, known: Iterable[str], n: int = 1) -> list[str]:
+    """Return the ``n`` known names that look most like a key."""
+    return difflib.get_close_matches(str(key), [*known], n=n, cutoff=0.4 if n > 1 else 0.6)
+
+
+def suggest(key: object, known: Iterable[str]) -> str:
     """Return " (did you mean ...?)", or what is known."""
-    close = difflib.get_close_matches(str(key), list(known), n=1)
+    close = find_close(key, known)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+
+
+def reject(key: object, known: Iterable[str]) -> str:
+    """Return "unknown key ..." with what is known."""
+    return f"unknown key {key!r}{suggest(key, known)}"
 
 
 def shorten(value: object, limit: int = 60) -> str:

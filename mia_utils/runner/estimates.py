@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 
 from mia_utils.runner.profiles import PRECISIONS, SEGMENTERS, Profile, Row
 
-START_SECONDS = 6.0  # imports of one process
+# Seconds of one thread of the reference machine (AMD EPYC with AVX-512), where measure_pace() is 1.
+PACE_SECONDS = 0.0072  # of the probe's piece of work
+START_SECONDS = 8.0  # until the first job begins
+ROW_SECONDS = 3.0  # of a row beside its steps: data, records, utility
+NOTEBOOK_SECONDS, CACHED_SECONDS = 60.0, 6.0  # of a notebook that the profile does not name; whose scores are kept
 CHECKPOINTS = 8  # kept along one training, the decoder and the resume state included
-# Training images per second of one CPU thread with vit_micro_patch8_32 (segmenters: mobilenet_v2, 32 x 32), to tell a
-# newcomer the minutes before they start. Measured seconds replace the estimate as soon as an artifact exists.
+# Training images per second with vit_micro_patch8_32 (segmenters: mobilenet_v2, 32 x 32), or with what is named.
 IMAGES_PER_SECOND = {
-    "mae": 1400.0, "simmim": 700.0, "simclr": 350.0, "dino": 230.0, "moco": 350.0, "moco-v1": 450.0, "moco-v2": 450.0,
-    "supervised": 1100.0, "unet": 110.0, "upernet": 55.0, "pspnet": 220.0, "deeplabv3plus": 110.0,
+    "mae": 2558.0, "simmim": 549.0, "simclr": 240.0, "dino": 167.0, "moco": 154.0, "moco-v1": 188.0, "moco-v2": 188.0,
+    "supervised": 771.0, "unet": 61.0, "upernet": 81.0, "pspnet": 215.0, "deeplabv3plus": 83.0,
+    "mae vit_nano_patch8_32": 2856.0, "simmim swin_thin_32": 145.0, "simclr resnet_thin_32": 74.0,
+    "simclr swin_thin_32": 54.0, "moco-v2 resnet_thin_32": 139.0,
 }  # fmt: skip
 # Cost of one image relative to that, and millions of parameters (weights on disk, per checkpoint).
 ARCH_COST = {
-    "vit_nano_patch8_32": (0.35, 0.12), "vit_micro_patch8_32": (1.0, 0.82), "vit_micro_patch4_32": (4.0, 0.82),
-    "vit_micro_patch8_64": (4.0, 0.82), "resnet_thin_32": (1.4, 0.4), "swin_thin_32": (2.0, 0.5),
+    "vit_nano_patch8_32": (0.6, 0.12), "vit_micro_patch8_32": (1.0, 0.82), "vit_micro_patch4_32": (4.0, 0.82),
+    "vit_micro_patch8_64": (4.0, 0.82), "resnet_thin_32": (2.0, 0.4), "swin_thin_32": (4.0, 0.5),
     "vit_small_patch8_32": (20.0, 21.4), "resnet18_32": (35.0, 11.2), "mobilenet_v2": (1.0, 6.6),
 }  # fmt: skip
-# A private step measured against a plain one (vit_micro, batch 64: 4.1 to 4.9; unet, 96 x 128, batch 8: 2.7); with
-# distillation there is a second network, the teacher.
+# A private step against a plain one; with distillation there is a second network, the teacher.
 PRIVATE_COST = {"mae": 4.5, "simmim": 4.5, "unet": 3.0}
 SECOND_NETWORK = {"distillation": 2.0, "min-max": 2.0}
 # What a GPU is assumed to do beside the rate of the profile (gpu_tflops, in bfloat16). Never measured.
@@ -33,17 +38,37 @@ COUNTED = ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads", "n_loc
 COUNTED_SIZE = (64, 128)
 
 
-def estimate_seconds(row: Row, profile: Profile | None = None) -> float:
-    """Estimate the seconds of one CPU thread that a row's training takes, imports apart.
+@functools.cache
+def measure_pace(seconds: float = 0.5) -> float:
+    """Measure how many times longer than on the reference machine a piece of a small model's step takes."""
+    import numpy as np
+    from threadpoolctl import threadpool_limits
 
-    Encoders see images at their own size; a segmenter at the size that the profile loads them with.
-    """
-    cost, _ = ARCH_COST.get(row.arch, (20.0, 20.0))
-    if row.method in SEGMENTERS and profile is not None:
-        height, width = _get_size(profile, row.dataset)
-        cost *= height * width / 32**2
-    cost *= PRIVATE_COST[row.method] if row.defense == "dp-sgd" else SECOND_NETWORK.get(row.defense, 1.0)
-    return row.n_train * row.epochs * cost / IMAGES_PER_SECOND[row.method]
+    tokens = np.linspace(-1, 1, 1088 * 128, dtype=np.float32).reshape(1088, 128)
+    weights, took, began = np.full((128, 512), 0.01, np.float32), [], time.perf_counter()
+    with threadpool_limits(1):
+        while time.perf_counter() < began + seconds:
+            start = time.process_time()  # what else is running now is no property of the machine
+            for _ in range(2):
+                out = np.tanh(tokens @ weights) @ weights.T
+                out - out.mean(1, keepdims=True)
+            sum(range(20_000))  # the interpreter's share
+            took.append(time.process_time() - start)
+    return float(np.median(took)) / PACE_SECONDS
+
+
+def _get_factor(row: Row) -> float:
+    """How much more than a plain one a step of the row's defense costs."""
+    return PRIVATE_COST[row.method] if row.defense == "dp-sgd" else SECOND_NETWORK.get(row.defense, 1.0)
+
+
+def estimate_seconds(row: Row, profile: Profile) -> float:
+    """Estimate the seconds of one CPU thread of the reference machine that a row takes."""
+    plain = IMAGES_PER_SECOND[row.method] / ARCH_COST.get(row.arch, (20.0,))[0]
+    cost = _get_factor(row) / IMAGES_PER_SECOND.get(f"{row.method} {row.arch}", plain)
+    if row.method in SEGMENTERS:  # encoders see images at their own size, a segmenter at that of the profile
+        cost *= math.prod(_get_size(profile, row.dataset)) / 32**2
+    return ROW_SECONDS + row.n_train * row.epochs * cost
 
 
 def estimate_bytes(row: Row) -> float:
@@ -60,25 +85,20 @@ def estimate_gpu_seconds(row: Row, profile: Profile) -> float:
         gflop *= math.prod(_get_size(profile, row.dataset)) / math.prod(COUNTED_SIZE)
     batch = min(row.options.get("batch_size", default), row.n_train)
     steps = row.epochs * max(row.n_train // batch, 1)
-    factor = PRIVATE_COST[row.method] if row.defense == "dp-sgd" else SECOND_NETWORK.get(row.defense, 1.0)
     mixed = row.options.get("precision", PRECISIONS[0]) != PRECISIONS[0]
     rate = profile.gpu_tflops * 1e12 * (1 if mixed else FLOAT32_SHARE)
-    return factor * (steps * STEP_SECONDS + steps * batch * gflop * 1e9 / rate)
+    return _get_factor(row) * steps * (STEP_SECONDS + batch * gflop * 1e9 / rate)
 
 
 @functools.cache
 def count_step(method: str, arch: str, augmentation: str, *, batch: int = 2, **options) -> tuple[float, int]:
-    """Count one training step on the CPU: 1e9 operations an image, all views, forward and backward (x + y z are two).
-
-    Args:
-        batch: images that are counted, of the encoder's own size or ``COUNTED_SIZE``.
-        options: of the method, those of ``COUNTED``.
+    """Count one training step on the CPU, forward and backward of ``batch`` images in all views.
 
     Returns:
-        the count, and the method's own batch size.
+        1e9 operations (x + y z are two) an image, and the method's own batch size.
     """
-    import numpy as np  # seconds: neither is needed for a plan on a CPU
-    import torch
+    import numpy as np
+    import torch  # seconds: not needed for a plan on a CPU
     from torch.utils.flop_counter import FlopCounterMode
 
     from mia_utils import pretrain

@@ -1,8 +1,7 @@
-"""One job of a run: fetch a data set, train rows, or execute a notebook. The Snakefile calls this.
+"""One job of a run: fetch a data set, train a row, or execute a notebook. The Snakefile calls this.
 
 ``python -m mia_utils.runner.jobs PLAN JOB`` does job JOB of ``build/<profile>/plan.json``, writes its output to
-``build/<profile>/logs/JOB.log`` and its outcome to ``build/<profile>/status/JOB.json``, which
-``mia_utils.runner.run`` echoes.
+``build/<profile>/logs/JOB.log`` and its outcome to ``build/<profile>/status/JOB.json``.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 from mia_utils import paths
 
 FINDING = "FINDING "  # the last printed line of a notebook starts with it
+WARM = [sys.executable, "-m", "mia_utils.runner.warm"]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -35,22 +35,19 @@ def read_json(path: Path) -> Any:
 
 def get_last_line(path: Path) -> str:
     """Return the last line of a log that says something: an exception's message rather than a rule below it."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    except FileNotFoundError:
-        return "no log was written"
-    return next((line for line in reversed(lines) if any(c.isalnum() for c in line)), "no message")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if any(c.isalnum() for c in line)), "no message")
 
 
-def set_threads(environment: dict[str, str], threads: int) -> dict[str, str]:
-    """Return a copy of an environment in which every numerical library uses so many threads."""
+def set_threads(threads: int) -> dict[str, str]:
+    """Return this environment with so many threads for every numerical library."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return environment | dict.fromkeys(names, str(threads))
+    return os.environ | dict.fromkeys(names, str(threads))
 
 
 def use_own_kernel(folder: Path) -> None:
     """Make ``python3`` this very interpreter and leave the user's IPython startup files and kernels out."""
-    spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
+    spec = {"argv": [*WARM, "ipykernel_launcher", "-f", "{connection_file}"]}
     spec |= {"display_name": "Python 3", "language": "python"}
     write_json(folder / "jupyter" / "kernels" / "python3" / "kernel.json", spec)
     (folder / "ipython").mkdir(exist_ok=True)
@@ -58,12 +55,11 @@ def use_own_kernel(folder: Path) -> None:
     os.environ |= {"JUPYTER_PATH": str(folder / "jupyter"), "IPYTHONDIR": str(folder / "ipython")}
 
 
-def run_command(command: list[str], log: Path) -> dict[str, Any]:
-    """Run a command with its output in a log; returns ``{"ok": bool, "message": str}``."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def run_module(arguments: list[str], log: Path) -> dict[str, Any]:
+    """Run a module with its output in a log; returns ``{"ok": bool, "message": str}``."""
     with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    return {"ok": code == 0, "message": "" if code == 0 else get_last_line(log)}
+        ok = subprocess.run([*WARM, *arguments], stdout=file, stderr=subprocess.STDOUT).returncode == 0
+    return {"ok": ok, "message": "" if ok else get_last_line(log)}
 
 
 def run_notebook(source: Path, executed: Path, parameters: dict[str, Any], log: Path) -> dict[str, Any]:
@@ -77,41 +73,38 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, Any], log: 
     import papermill  # seconds: only where a notebook runs
     from papermill.exceptions import PapermillExecutionError
 
-    log.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=log, filemode="w", level=logging.INFO, format="%(message)s", force=True)
     use_own_kernel(log.parent.parent / "kernel")
     source_text, executed_text = (str(p).replace("{", "{{").replace("}", "}}") for p in (source, executed))
     settings = dict(kernel_name="python3", cwd=source.parent, progress_bar=False, log_output=True, start_timeout=180)
-    outcome: dict[str, Any] = {"ok": True, "message": ""}
+    message = ""
     try:
         # papermill fills parameters into the names of files: braces are escaped
         papermill.execute_notebook(source_text, executed_text, parameters=parameters, **settings)
     except PapermillExecutionError as error:
         logging.error("%s", "\n".join(error.traceback))
-        first = (str(error.evalue).strip().splitlines() or [""])[0]
-        outcome = {"ok": False, "message": f"{error.ename}: {first}"}
+        message = f"{error.ename}: {error.evalue.strip()}"
     except Exception as error:  # a kernel that died or did not start: say so, like any other failure
         logging.exception("the notebook did not run to its end")
-        outcome = {"ok": False, "message": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        message = f"{type(error).__name__}: {error}"
     cells = (read_json(executed) or {}).get("cells", [])
-    return {**outcome, "section": "" if outcome["ok"] else find_section(cells), "finding": find_finding(cells)}
+    outcome = {"ok": not message, "message": message.partition("\n")[0], "finding": find_finding(cells)}
+    return outcome | {"section": find_section(cells) if message else ""}
 
 
 def find_section(cells: list[dict]) -> str:
     """Return the last markdown heading above the first cell that failed or, after a lost kernel, did not run."""
     heading = "the beginning"
     for cell in cells:
-        # papermill puts notes of its own (tags below) above the title and the failing cell
+        # papermill puts notes of its own above the title and the failing cell
         if "papermill-error-cell-tag" in cell.get("metadata", {}).get("tags", []):
             continue
-        text = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            lines = [line for line in text.splitlines() if line.startswith("#")]
-            heading = lines[-1].lstrip("# ").strip() if lines else heading
-        elif cell["cell_type"] == "code" and text.strip():
-            failed = any(output["output_type"] == "error" for output in cell["outputs"])
-            if failed or cell.get("execution_count") is None:
-                return heading
+        text, is_code = "".join(cell["source"]), cell["cell_type"] == "code"
+        errors = [output for output in cell.get("outputs", []) if output["output_type"] == "error"]
+        if is_code and text.strip() and (errors or cell.get("execution_count") is None):
+            return heading
+        titles = [line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#") and not is_code]
+        heading = [heading, *titles][-1]
     return heading
 
 
@@ -122,35 +115,24 @@ def find_finding(cells: list[dict]) -> str:
     return next((line.removeprefix(FINDING).strip() for line in reversed(lines) if line.startswith(FINDING)), "")
 
 
-def has_failed(build: Path, job: str, plan: dict[str, Any]) -> bool:
-    """Whether a job of this very run ended badly."""
-    status = read_json(build / "status" / f"{job}.json") or {}
-    return status.get("run") == plan["run"] and not status["ok"]
-
-
-def main(argv: list[str]) -> int:
-    """Do one job of a plan; returns the exit code for the engine: 0 unless the job itself was cut off."""
-    plan_path, job = Path(argv[0]), argv[1]
-    plan = read_json(plan_path)
-    build = plan_path.parent
-    log = build / "logs" / f"{job}.log"
-    os.environ.update(set_threads(dict(os.environ), plan["threads"]))
-    started = time.time()
-    work = {**plan["data"], **plan["train"], **plan["notebooks"]}[job]
-    needs = [name for name in work.get("needs", []) if name not in plan["notebooks"]]
-    if blocked := [name for name in needs if has_failed(build, name, plan)]:
-        outcome = {"ok": False, "message": f"waits for {', '.join(blocked)}", "blocked": True}
-    elif job in plan["train"]:
-        outcome = run_command([sys.executable, "-m", "mia_utils.runner.train", plan["profile"], *work["ids"]], log)
-    elif job in plan["notebooks"]:
+def main(plan_path: str, job: str) -> None:
+    """Do one job of a plan; its outcome is in its status, so the engine goes on and 08 gathers what others saved."""
+    plan, build = read_json(Path(plan_path)), Path(plan_path).resolve().parent
+    log, work, started = build / "logs" / f"{job}.log", plan["jobs"][job], time.time()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    os.environ |= set_threads(plan["threads"])
+    before = [name for name in work["needs"] if plan["jobs"][name]["kind"] != "notebook"]
+    statuses = [read_json(build / "status" / f"{name}.json") or {} for name in before]
+    failed = [status["job"] for status in statuses if status.get("run") == plan["run"] and not status["ok"]]
+    if failed:
+        outcome = {"ok": False, "message": f"waits for {', '.join(failed)}", "blocked": True}
+    elif work["kind"] == "notebook":
         outcome = run_notebook(Path(work["source"]), build / f"{job}.ipynb", work["parameters"], log)
     else:
-        load = "import json, sys; from mia_utils import datasets; datasets.load(sys.argv[1], **json.loads(sys.argv[2]))"
-        outcome = run_command([sys.executable, "-c", load, work["name"], json.dumps(work["arguments"])], log)
+        outcome = run_module(work["module"], log)
     seconds = round(time.time() - started, 1)
     write_json(build / "status" / f"{job}.json", {"job": job, "run": plan["run"], "seconds": seconds, **outcome})
-    return 0  # the outcome is in the status: the engine goes on, and 08 gathers what the others saved
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(*sys.argv[1:])

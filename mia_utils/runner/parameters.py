@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
+from mia_utils.runner import choices
 from mia_utils.runner.profiles import Profile, find_source
-
-_NAMES = {int: "an int", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "a mapping"}
 
 
 def find_notebooks() -> dict[str, Path]:
@@ -24,25 +22,25 @@ def read_parameters(path: Path) -> dict[str, Any]:
     Plain literals only: papermill's own reader drops annotated lines and stumbles over ``#``. No tagged cell, or a line
     that is not ``name = literal``, is a ValueError of one line.
     """
+    where, defaults = f"notebooks/{path.name}:", {}
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         tagged = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"notebooks/{path.name}: expected a notebook, got {type(error).__name__}: {error}") from None
+        raise ValueError(f"{where} expected a notebook, got {type(error).__name__}: {error}") from None
     if len(tagged) != 1:
-        raise ValueError(f"notebooks/{path.name}: expected one cell tagged 'parameters', got {len(tagged)}")
+        raise ValueError(f"{where} expected one cell tagged 'parameters', got {len(tagged)}")
     try:
         lines = ast.parse(tagged[0]).body
     except SyntaxError as error:
-        raise ValueError(f"notebooks/{path.name}: parameters: line {error.lineno}: {error.msg}") from None
-    defaults = {}
+        raise ValueError(f"{where} parameters: line {error.lineno}: {error.msg}") from None
     for line in lines:
-        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
         try:
+            target = line.targets[0] if isinstance(line, ast.Assign) else line.target
             defaults[target.id] = ast.literal_eval(line.value)
         except (AttributeError, ValueError):
             got = ast.unparse(line).splitlines()[0]
-            raise ValueError(f"notebooks/{path.name}: parameters: expected name = literal, got {got!r}") from None
+            raise ValueError(f"{where} parameters: expected name = literal, got {got!r}") from None
     return defaults
 
 
@@ -56,19 +54,16 @@ def merge_parameters(profile: Profile, notebook: str, defaults: dict[str, Any]) 
     merged = defaults | ({"profile": profile.name} if "profile" in defaults else {})
     for key, value in profile.notebooks.get(notebook, {}).items():
         if key not in defaults or key == "profile":
-            close = difflib.get_close_matches(str(key), defaults, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(defaults)}"
-            raise ValueError(f"{section}: unknown key {key!r} ({hint})")
+            raise ValueError(f"{section}: {choices.reject(key, defaults)}")
         if not _is_like(defaults[key], value):
-            raise ValueError(f"{section}: {key}: expected {_name_type(defaults[key])}, got {value!r}")
+            raise ValueError(f"{section}: {key}: expected a value like {defaults[key]!r}, got {value!r}")
         merged[key] = value
     for key, value in merged.items():
         if key.endswith(("model_id", "model_ids")) and value is not None:
-            for model_id in value if isinstance(value, list) else [value]:
-                try:
-                    profile.row(model_id)
-                except ValueError as error:
-                    raise ValueError(f"{section}: {key}: {error}") from None
+            try:
+                _ = [profile.row(model_id) for model_id in (value if isinstance(value, list) else [value])]
+            except ValueError as error:
+                raise ValueError(f"{section}: {key}: {error}") from None
     return merged
 
 
@@ -79,9 +74,3 @@ def _is_like(default: Any, value: Any) -> bool:
     if isinstance(default, list) and isinstance(value, list):
         return not default or all(any(_is_like(d, v) for d in default) for v in value)
     return type(value) is type(default) or (type(default) is float and type(value) is int)
-
-
-def _name_type(default: Any) -> str:
-    if isinstance(default, list) and default:
-        return "a list of " + " or ".join(sorted({type(d).__name__ for d in default}))
-    return _NAMES.get(type(default), type(default).__name__)

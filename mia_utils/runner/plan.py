@@ -5,7 +5,9 @@ Nothing here imports torch, except the estimate for a GPU: mistakes and ``--plan
 
 from __future__ import annotations
 
-import sys
+import functools
+import heapq
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,115 +21,97 @@ DOWNLOADED = ("cifar10", "cifar100", "stl10", "camvid", "oxford_pets")
 PLACED = ("bdd100k", "cityscapes", "mapillary", "tiny_imagenet")  # by the user
 SUFFIXES = ("cityscapes", "camvid", "scenes", "frames", "official")  # of NAME@SUFFIX
 FOLDERS = {"tiny_imagenet": "tiny-imagenet-200"}  # what the unpacked archive is called, where not as the data set
-NOTEBOOK_SECONDS = 60.0
 
 
 @dataclass
 class Plan:
-    """What one run has to do.
-
-    Attributes:
-        profile: the checked profile.
-        notebooks: notebook name -> (file, parameters), in order.
-        done: rows whose artifact exists, id -> folder.
-        missing: rows to train, the first one first.
-        skipped: data set name -> why its rows are skipped.
-        fetch: data set names to download before their rows.
-    """
+    """What one run has to do."""
 
     profile: Profile
-    notebooks: dict[str, tuple[Path, dict[str, Any]]]
-    done: dict[str, Path] = field(default_factory=dict)
-    missing: list[Row] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    fetch: list[str] = field(default_factory=list)
+    notebooks: dict[str, tuple[Path, dict[str, Any]]]  # name -> (file, parameters), in order
+    done: dict[str, Path] = field(default_factory=dict)  # rows whose artifact exists, id -> folder
+    missing: list[Row] = field(default_factory=list)  # rows to train, the first one first
+    skipped: dict[str, str] = field(default_factory=dict)  # data set -> why its rows are skipped
+    fetch: list[str] = field(default_factory=list)  # data sets to download before their rows
 
     @property
     def build(self) -> Path:
         return paths.get_build_dir(self.profile.name)
 
-    def get_row_seconds(self, row: Row) -> float:
-        """Seconds of a row: as recorded in its artifact, else estimated."""
-        recorded = artifacts.read_meta(self.done[row.id]).get("provenance", {}) if row.id in self.done else {}
-        return recorded.get("seconds") or estimates.estimate_seconds(row, self.profile)
+    @functools.cached_property
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """Job -> kind, what it waits for and does, its priority, and the seconds it is expected to take."""
+        profile, found = self.profile, {}
+        for i, name in enumerate(self.fetch):
+            module = ["mia_utils.runner.run", "data", profile.name, name]
+            found[f"data-{i}"] = {"kind": "data", "module": module, "needs": [], "priority": 1000, "seconds": 60.0}
+        data_jobs = dict(zip(self.fetch, found, strict=True))
+        for i, row in enumerate(self.missing):
+            entry = {"kind": "train", "module": ["mia_utils.runner.train", profile.name, row.id]}
+            entry["needs"] = [data_jobs[row.dataset]] if row.dataset in data_jobs else []
+            entry["priority"] = 900 if row.id == profile.first else max(500 - i, 401)
+            found[f"train-{row.id}"] = entry | {"seconds": estimates.estimate_seconds(row, profile)}
+        for i, (name, (source, given)) in enumerate(self.notebooks.items()):
+            needs = {f"train-{row.id}" for row in profile.rows_needed(name)} & found.keys()
+            if name.startswith("08"):  # gathers what all the others saved
+                needs |= self.notebooks.keys() - {name}
+            seconds = self.get_notebook_seconds(name)
+            # the longest first: the last ones fill the workers evenly
+            entry = {"kind": "notebook", "source": str(source), "parameters": given, "needs": sorted(needs)}
+            found[name] = entry | {"priority": 800 if i == 0 else min(int(seconds), 400), "seconds": seconds}
+        return found
 
     def get_notebook_seconds(self, name: str) -> float:
-        """Seconds of a notebook: as measured in the last run here, else as the profile says."""
+        """Seconds of a notebook: as the profile says, few where its last run has kept every score."""
         last = jobs.read_json(self.build / "status" / f"{name}.json") or {}
-        if last.get("ok"):
-            return float(last["seconds"])
-        return self.profile.notebook_seconds.get(name, NOTEBOOK_SECONDS)
+        missing = {row.id for row in self.missing} & {row.id for row in self.profile.rows_needed(name)}
+        if last.get("ok") and not missing:
+            return estimates.CACHED_SECONDS
+        return self.profile.notebook_seconds.get(name, estimates.NOTEBOOK_SECONDS)
 
     @property
     def minutes(self) -> float:
-        """Wall-clock minutes of what is left to do, all workers busy."""
-        work = sum(estimates.estimate_seconds(row, self.profile) for row in self.missing)
-        work += sum(map(self.get_notebook_seconds, self.notebooks))
-        starts = estimates.START_SECONDS * (len(self.train_jobs()) + len(self.notebooks))
-        return (work + starts) / self.profile.workers / 60
+        """Wall-clock minutes of what is left to do on this machine, all workers busy (half a second is measured)."""
+        workers = min(self.profile.workers, os.cpu_count() or 1)
+        return estimates.measure_pace() * (estimates.START_SECONDS + find_end(self.jobs, workers)) / 60
 
     @property
     def n_bytes(self) -> float:
         """Disk that the models to train will take."""
         return sum(map(estimates.estimate_bytes, self.missing))
 
-    def train_jobs(self) -> dict[str, list[Row]]:
-        """Pack the missing rows into processes: one each, or ``profile.train_jobs`` of about equal length."""
-        limit = self.profile.train_jobs
-        if limit is None or len(self.missing) <= limit:
-            return {f"train-{row.id}": [row] for row in self.missing}
-        packs: list[list[Row]] = [[] for _ in range(limit)]
-        for row in self.missing:
-            min(packs, key=lambda pack: sum(estimates.estimate_seconds(row, self.profile) for row in pack)).append(row)
-        return {f"train-batch-{i}": pack for i, pack in enumerate(packs, 1) if pack}
 
-    def to_json(self, run: str) -> dict[str, Any]:
-        """The graph as the Snakefile reads it: jobs, what each waits for, and who goes first."""
-        data = {f"data-{i}": {"name": n, "arguments": self.profile.datasets[n]} for i, n in enumerate(self.fetch)}
-        data_job = {work["name"]: job for job, work in data.items()}
-        train_entries, notebook_entries, job_of = {}, {}, {}
-        for index, (job, pack) in enumerate(self.train_jobs().items()):
-            job_of |= {row.id: job for row in pack}
-            needs = sorted({data_job[row.dataset] for row in pack if row.dataset in data_job})
-            first = any(row.id == self.profile.first for row in pack)
-            priority = 900 if first else 500 - index
-            train_entries[job] = {"ids": [row.id for row in pack], "needs": needs, "priority": priority}
-        for index, (name, (source, given)) in enumerate(self.notebooks.items()):
-            needs = {job_of[row.id] for row in self.profile.rows_needed(name) if row.id in job_of}
-            if name.startswith("08"):  # gathers what all the others saved
-                needs |= {other for other in self.notebooks if other != name}
-            priority = 800 if index == 0 else 600 - index if len(needs) <= 1 else 200 - index
-            entry = {"source": str(source), "parameters": given, "needs": sorted(needs), "priority": priority}
-            notebook_entries[name] = entry
-        graph = {"data": data, "train": train_entries, "notebooks": notebook_entries}
-        head = {"profile": self.profile.name, "run": run, "python": sys.executable, "threads": self.profile.threads}
-        return head | graph
+def find_end(graph: dict[str, dict[str, Any]], workers: int) -> float:
+    """Return when the last job ends if ``workers`` take, whenever one is free, the ready job of highest priority."""
+    waiting, running, ended, now = sorted(graph, key=lambda job: -graph[job]["priority"]), [], set(), 0.0
+    while waiting or running:
+        for job in [job for job in waiting if ended.issuperset(graph[job]["needs"])][: workers - len(running)]:
+            heapq.heappush(running, (now + graph[job]["seconds"], job))
+            waiting.remove(job)
+        now, job = heapq.heappop(running)
+        ended.add(job)
+    return now
 
 
 def select_notebooks(profile: Profile, wanted: list[str]) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Return the notebooks to execute with their parameters, all overrides of the profile checked.
+    """Return the notebooks to execute (all, or those of the numbers or names in ``wanted``) with their parameters.
 
-    ``wanted``: numbers or names (``"03"``, ``"03_partcrop"``); empty means all.
+    The overrides of the profile are checked for every notebook.
     """
     found = parameters.find_notebooks()
     for section in ("notebooks", "needs", "notebook_seconds"):
-        for name in getattr(profile, section):
-            if found and name not in found:
-                where = f"profiles/{profile.name}.yaml: {section}"
-                raise ValueError(f"{where}: unknown notebook {name!r}: expected one of {', '.join(found)}")
-    chosen = set()
-    for text in wanted:
-        number = f"{int(text):02d}_" if text.isascii() and text.isdigit() and len(text) < 3 else None
-        matches = [name for name in found if name == text or (number and name.startswith(number))]
-        if not matches:
-            known = ", ".join(name[:2] for name in found) or "(none exist)"
-            raise ValueError(f"unknown notebook {text!r}: expected one of {known}")
-        chosen.add(matches[0])
+        if found and (unknown := getattr(profile, section).keys() - found):
+            where = f"profiles/{profile.name}.yaml: {section}"
+            raise ValueError(f"{where}: unknown notebook {min(unknown)!r}: expected one of {', '.join(found)}")
     merged = {
         name: (path, parameters.merge_parameters(profile, name, parameters.read_parameters(path)))
         for name, path in found.items()
     }
-    return {name: merged[name] for name in merged if not wanted or name in chosen}
+    wanted = [text.zfill(2) if text.isascii() and text.isdigit() else text for text in wanted]
+    if unknown := [text for text in wanted if text not in {*found, *(name[:2] for name in found)}]:
+        known = ", ".join(name[:2] for name in found) or "(none exist)"
+        raise ValueError(f"unknown notebook {unknown[0]!r}: expected one of {known}")
+    return {name: entry for name, entry in merged.items() if not wanted or {name, name[:2]} & {*wanted}}
 
 
 def find_missing_datasets(profile: Profile) -> dict[str, str]:
@@ -135,42 +119,43 @@ def find_missing_datasets(profile: Profile) -> dict[str, str]:
 
     A name that no one knows is a ValueError: a misspelt one must not skip its rows in silence.
     """
-    raw, missing = paths.get_raw_dir(), {}
+    missing, known = {}, (*GENERATED, *DOWNLOADED, *PLACED)
     for name in profile.datasets:
-        source, at, suffix = name.partition("@")
+        source, _, suffix = name.partition("@")
+        folder = paths.get_raw_dir() / FOLDERS.get(source, source)
         if name.startswith("folder:"):
-            text = name.removeprefix("folder:")
-            if not text.strip():
-                raise ValueError(f"profiles/{profile.name}.yaml: datasets: expected folder:PATH, got {name!r}")
-            if not Path(text).expanduser().is_dir():
-                missing[name] = f"no folder {text}"
-            continue
-        folder = raw / FOLDERS.get(source, source)
-        here = folder.is_dir() or (raw / f"{source}.npz").is_file() or any(raw.glob(f"{source}-*.npz"))
-        known = (*GENERATED, *DOWNLOADED, *PLACED)
-        if (source not in known and not here) or (at and suffix not in SUFFIXES):
-            wrong, names = (name, known) if source not in known and not here else (suffix, SUFFIXES)
-            raise ValueError(
-                f"profiles/{profile.name}.yaml: datasets: unknown {wrong!r}{choices.suggest(wrong, names)}; others are "
-                f"folder:PATH, or a file NAME.npz in {raw}"
-            )
-        if not here and source not in GENERATED + DOWNLOADED:
-            missing[name] = f"no folder {folder} and no cache {source}.npz beside it"
+            wrong = None if name[7:].strip() else "expected folder:PATH, got 'folder:'"
+            if not Path(name[7:]).expanduser().is_dir():
+                missing[name] = f"no folder {name[7:]}"
+        elif source not in known and not (folder.is_dir() or has_cache(source)):
+            wrong = f"unknown {name!r}{choices.suggest(name, known)}"
+        else:
+            wrong = f"unknown {suffix!r}{choices.suggest(suffix, SUFFIXES)}" if suffix not in ("", *SUFFIXES) else None
+            if source in PLACED and not (folder.is_dir() or has_cache(source)):
+                missing[name] = f"no folder {folder} and no cache {source}.npz beside it"
+        if wrong:
+            others = f"others are folder:PATH, or a file NAME.npz in {folder.parent}"
+            raise ValueError(f"profiles/{profile.name}.yaml: datasets: {wrong}; {others}")
     return missing
+
+
+def has_cache(source: str) -> bool:
+    """Whether a data set lies in ``data/raw`` as ``<source>.npz`` or ``<source>-<size>.npz``."""
+    raw = paths.get_raw_dir()
+    return (raw / f"{source}.npz").is_file() or any(raw.glob(f"{source}-*.npz"))
 
 
 def check_archs(rows: list[Row]) -> None:
     """Refuse an architecture that no library knows; the usual ones are recognized without importing torch."""
-    for row in rows:
-        if row.arch not in choices.ARCHS:
-            import segmentation_models_pytorch as smp  # seconds: only for a name of one's own
-            import timm
+    for row in [row for row in rows if row.arch not in choices.ARCHS]:
+        import segmentation_models_pytorch as smp  # seconds: only for a name of one's own
+        import timm
 
-            known = [*timm.list_models(), *(smp.encoders.encoders if row.method in profiles.SEGMENTERS else ())]
-            if row.arch.removeprefix("tu-").partition(".")[0] not in known:
-                close = choices.difflib.get_close_matches(row.arch, [*choices.ARCHS, *known], n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(f"model {row.id}: arch: {row.method} knows no {row.arch!r}{hint}")
+        known = [*timm.list_models(), *(smp.encoders.encoders if row.method in profiles.SEGMENTERS else ())]
+        if row.arch.removeprefix("tu-").partition(".")[0] not in known:
+            close = choices.find_close(row.arch, [*choices.ARCHS, *known])
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"model {row.id}: arch: {row.method} knows no {row.arch!r}{hint}")
 
 
 def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = False) -> Plan:
@@ -181,26 +166,21 @@ def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = Fals
         strict: a missing data set is an error.
     """
     profile = profiles.load(name)
-    plan = Plan(profile, select_notebooks(profile, wanted or []))
-    plan.skipped = find_missing_datasets(profile)
-    if plan.skipped and strict:
-        dataset, reason = next(iter(plan.skipped.items()))
+    plan = Plan(profile, select_notebooks(profile, wanted or []), skipped=find_missing_datasets(profile))
+    for dataset, reason in plan.skipped.items() if strict else ():
         raise ValueError(f"data set {dataset}: {reason}")
-    needed = [row.id for notebook in plan.notebooks for row in profile.rows_needed(notebook)]
     plan.notebooks = {name: (path, drop_skipped(plan, given)) for name, (path, given) in plan.notebooks.items()}
-    for row in profile.models:
+    needed = {row.id for notebook in plan.notebooks for row in profile.rows_needed(notebook)}
+    for row in sorted(profile.models, key=lambda row: row.id != profile.first):
         if row.dataset in plan.skipped or (wanted and row.id not in needed):
             continue
         if folder := artifacts.find(train.spec_of(profile, row)):
             plan.done[row.id] = folder
         else:
             plan.missing.append(row)
-    plan.missing.sort(key=lambda row: row.id != profile.first)
     check_archs(plan.missing)
-    for dataset in {row.dataset: None for row in plan.missing}:
-        source, raw = dataset.partition("@")[0], paths.get_raw_dir()
-        if source in DOWNLOADED and not (raw / f"{source}.npz").is_file() and not any(raw.glob(f"{source}-*.npz")):
-            plan.fetch.append(dataset)
+    sources = {row.dataset: row.dataset.partition("@")[0] for row in plan.missing}
+    plan.fetch = [name for name, source in sources.items() if source in DOWNLOADED and not has_cache(source)]
     return plan
 
 
@@ -214,36 +194,33 @@ def drop_skipped(plan: Plan, given: dict[str, Any]) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     """Print models and notebooks with their seconds, gigabytes and minutes; of a profile for GPUs the hours of one."""
-    profile, missing = plan.profile, {row.id for row in plan.missing}
-    shown = [row for row in profile.models if row.id in missing or row.id in plan.done or row.dataset in plan.skipped]
-    state = {row.id: "skipped" if row.dataset in plan.skipped else "done" for row in shown}
-    state |= dict.fromkeys(missing, "to train")
-    gpu = profile.gpu_tflops is not None
+    profile, gpu, missing = plan.profile, plan.profile.gpu_tflops, {row.id for row in plan.missing}
     if gpu:
         print("counts the operations of one step of each kind of model, on the CPU: about a minute", flush=True)
-        cost = {row.id: estimates.estimate_gpu_seconds(row, profile) for row in shown}
-    else:
-        cost = {row.id: plan.get_row_seconds(row) for row in shown}
-    number = (lambda seconds: f"{seconds / 3600:.1f}") if gpu else "{:,.0f}".format
-    lines = [("model", "state", "GPU hours" if gpu else "seconds")]
-    lines += [(row.id, state[row.id], number(cost[row.id])) for row in shown] + [("notebook", "", "")]
-    lines += [(name, "to run", number(plan.get_notebook_seconds(name))) for name in plan.notebooks]
+    estimate = estimates.estimate_gpu_seconds if gpu else estimates.estimate_seconds
+    pace, unit, form = (1.0, 3600, ".1f") if gpu else (estimates.measure_pace(), 1, ",.0f")
+    lines, total = [("model", "state", "GPU hours" if gpu else "seconds")], 0.0
+    for row in [row for row in profile.models if row.id in missing | plan.done.keys() or row.dataset in plan.skipped]:
+        seconds = pace * estimate(row, profile)
+        if row.id in plan.done and not gpu:
+            seconds = artifacts.read_meta(plan.done[row.id])["provenance"].get("seconds", seconds)
+        state = "to train" if row.id in missing else "done" if row.id in plan.done else "skipped"
+        lines.append((row.id, state, f"{seconds / unit:{form}}"))
+        total += seconds * (row.id in missing)
+    lines.append(("notebook", "", ""))
+    lines += [(name, "to run", f"{pace * plan.get_notebook_seconds(name) / unit:{form}}") for name in plan.notebooks]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for name, word, text in lines:
         print(f"{name:<{widths[0]}}  {word:<{widths[1]}}  {text:>{widths[2]}}".rstrip())
-    to_train, disk = count(len(missing), "model") + " to train", f"{plan.n_bytes / 1e9:.2f} GB"
+    cost = f"about {format_minutes(plan.minutes)} with {profile.workers} jobs side by side"
+    how = f"(seconds are those of one thread here, {pace:.2f} times the reference machine's)"
     if gpu:
-        rate, hours = profile.gpu_tflops, sum(cost[i] for i in missing) / 3600
-        print(
-            f"{to_train}, {disk}, {hours:.1f} GPU hours; an estimate: {rate:g} TFLOP/s in bfloat16 and "
-            f"{rate * estimates.FLOAT32_SHARE:g} in float32 (profiles/{profile.name}.yaml: gpu_tflops), and "
+        cost = f"{total / 3600:.1f} GPU hours; an estimate: {gpu:g} TFLOP/s in bfloat16 and"
+        how = (
+            f"{gpu * estimates.FLOAT32_SHARE:g} in float32 (profiles/{profile.name}.yaml: gpu_tflops), and "
             f"{1000 * estimates.STEP_SECONDS:g} ms a step"
         )
-    else:
-        print(
-            f"{to_train}, {disk}, about {format_minutes(plan.minutes)} with {profile.workers} jobs side by side "
-            "(seconds are those of one CPU thread)"
-        )
+    print(f"{count(len(missing), 'model')} to train, {plan.n_bytes / 1e9:.2f} GB, {cost} {how}")
 
 
 def format_minutes(minutes: float) -> str:

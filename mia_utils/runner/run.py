@@ -6,14 +6,13 @@ before a command needs it: mistakes and ``--plan`` come at once.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
 
 from mia_utils import paths
-from mia_utils.runner import engine, profiles
+from mia_utils.runner import engine, profiles, train
 from mia_utils.runner.plan import count, find_missing_datasets, make_plan, print_plan
 
 USAGE = """usage: ./run_all.sh [PROFILE] [00 .. 08] [--plan] [--strict] [-- ENGINE_ARGS]
@@ -32,10 +31,9 @@ SPARE_BYTES = 300e6  # scores, figures, executed notebooks and one half-written 
 
 def check_data_folder(n_bytes: float) -> None:
     """Refuse to start when ``n_bytes`` of models could not be saved, or ``MIA_DATA_DIR`` names no folder."""
-    given = os.environ.get("MIA_DATA_DIR")
+    given, home, advice = os.environ.get("MIA_DATA_DIR"), paths.get_home(), "make room or set MIA_HOME to another disk"
     if given and not paths.get_raw_dir().is_dir():
         raise ValueError(f"MIA_DATA_DIR: expected a folder, got {given}; make it or unset the variable")
-    home = paths.get_home()
     folders = [paths.get_artifact_dirs()[0], home / "data" / "scores", home / "figures", home / "build"]
     # without data/raw every process would draw the scenes anew
     for folder in folders if given else [*folders, paths.get_raw_dir()]:
@@ -43,41 +41,28 @@ def check_data_folder(n_bytes: float) -> None:
             paths.write_atomic(folder / ".write-test", lambda file: file.write(b"x" * 4096)).unlink()
         except ValueError as error:
             reason = getattr(error.__cause__, "strerror", None)
-            raise ValueError(
-                f"{folder}: expected a folder that can be written, got {reason!r}; "
-                "make room, change its rights or set MIA_HOME"
-            ) from None
-    free = shutil.disk_usage(folders[0]).free
-    if free < n_bytes + SPARE_BYTES:
-        raise ValueError(
-            f"{folders[0]}: expected {(n_bytes + SPARE_BYTES) / 1e9:.1f} GB free, got {free / 1e9:.1f} GB; "
-            "make room or set MIA_HOME to another disk"
-        )
+            raise ValueError(f"{folder}: expected a folder that can be written, got {reason!r}; {advice}") from None
+    free, needed = shutil.disk_usage(folders[0]).free, n_bytes + SPARE_BYTES
+    if free < needed:
+        raise ValueError(f"{folders[0]}: expected {needed / 1e9:.1f} GB free, got {free / 1e9:.1f} GB; {advice}")
 
 
 def run_profile(arguments: list[str]) -> int:
     """``PROFILE [NUMBERS] [--plan] [--strict] [-- ENGINE_ARGS]``; returns the exit code."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("profile")
-    parser.add_argument("notebooks", nargs="*")
-    parser.add_argument("--plan", action="store_true")
-    parser.add_argument("--strict", action="store_true")
-    try:
-        options, unknown = parser.parse_known_args(arguments[:cut])
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    if unknown:
-        wrong = unknown[0]
-        raise ValueError(f"unknown option {wrong!r}: expected --plan, --strict, or -- before arguments of the engine")
-    plan = make_plan(options.profile, options.notebooks, strict=options.strict)
+    (name, *rest), engine_arguments = arguments[:cut], arguments[cut + 1 :]
+    options = {text for text in rest if text.startswith("-")}
+    if unknown := options - {"--plan", "--strict"}:
+        known = "expected --plan, --strict, or -- before arguments of the engine"
+        raise ValueError(f"unknown option {min(unknown)!r}: {known}")
+    plan = make_plan(name, [text for text in rest if text not in options], strict="--strict" in options)
     for dataset, reason in plan.skipped.items():
         n = sum(row.dataset == dataset for row in plan.profile.models)
         print(f"skipped: {dataset}, {reason} ({count(n, 'model')})")
-    if options.plan:
+    if "--plan" in options:
         print_plan(plan)
         return 0
-    command = engine.get_command(plan, arguments[cut + 1 :])
+    command = engine.get_command(plan, engine_arguments)
     check_data_folder(plan.n_bytes)
     with engine.hold_lock(plan):
         return engine.execute(plan, command)
@@ -101,21 +86,18 @@ def run_setup(arguments: list[str]) -> int:
 
 
 def run_data(arguments: list[str]) -> int:
-    """``data PROFILE``: downloads what a profile needs, and nothing else (for a login node)."""
-    if len(arguments) != 1:
-        known = ", ".join(profiles.list_names())
-        raise ValueError(f"data: expected one profile ({known}), got {len(arguments)} arguments")
+    """``data PROFILE [NAME ...]``: downloads the data sets of a profile, or those named (for a login node)."""
+    if not arguments:
+        raise ValueError(f"data: expected a profile ({', '.join(profiles.list_names())}), got nothing")
     profile = profiles.load(arguments[0])
-    missing = find_missing_datasets(profile)
+    wanted, missing = arguments[1:] or profile.datasets, find_missing_datasets(profile)
     check_data_folder(0)
-    from mia_utils import datasets
-
-    for name, load_arguments in profile.datasets.items():
+    for name in wanted:
         if name in missing:
             print(f"skipped: {name}, {missing[name]}")
-            continue
-        pool = datasets.load(name, **load_arguments)
-        print(f"{name}: {len(pool):,} images of {pool.images.shape[1]} x {pool.images.shape[2]}")
+        else:
+            pool = train.load_pool(profile, name)
+            print(f"{name}: {len(pool):,} images of {pool.images.shape[1]} x {pool.images.shape[2]}")
     return 0
 
 
@@ -148,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         paths.get_threads(), paths.get_home()  # the environment is input, too
+        if not paths.is_checkout():
+            raise ValueError("run this from a checkout of the project: an installed package holds no notebooks")
         if arguments and arguments[0] in ("-h", "--help", "help"):
             print(USAGE.format(profiles=", ".join(profiles.list_names())))
             return 0

@@ -28,21 +28,19 @@ HELDOUT_IMAGES = 256  # non-members whose loss is drawn beside the members'
 
 def spec_of(profile: Profile, row: Row) -> dict[str, Any]:
     """Return what the model of a row depends on; needs neither torch nor the pixels."""
-    keys = ("role", "method", "arch", "n_train", "epochs", "augmentation", "defense", "seed", "options")
-    return {
-        "kind": "encoder",
-        "readable": f"{row.method}-{row.role}-{row.dataset.split(':')[0]}-n{row.n_train}-s{row.seed}",
-        "recipe": artifacts.RECIPES["encoder"],
-        "data": artifacts.fingerprint_data(row.dataset, profile.datasets.get(row.dataset, {})),
-        "split": profile.get_split(row.dataset),
-        **{key: getattr(row, key) for key in keys},
-    }
+    keys = {"role", "method", "arch", "n_train", "epochs", "augmentation", "defense", "seed", "options"}
+    readable = f"{row.method}-{row.role}-{row.dataset.split(':')[0]}-n{row.n_train}-s{row.seed}"
+    data = artifacts.fingerprint_data(row.dataset, profile.datasets.get(row.dataset, {}))
+    head = {"kind": "encoder", "readable": readable, "recipe": artifacts.RECIPES["encoder"]}
+    return head | {"data": data, "split": profile.get_split(row.dataset)} | row.model_dump(include=keys)
 
 
 def load_pool(profile: Profile, dataset: str) -> Pool:
-    """Load a data set with the arguments the profile gives it."""
+    """Load a data set with the arguments the profile gives it; from here on products have the CPU's own speed."""
     from mia_utils import datasets
+    from mia_utils.models.speed import use_fast_products
 
+    use_fast_products()  # whoever builds models of a profile loads its images before
     return datasets.load(dataset, **profile.datasets.get(dataset, {}))
 
 
@@ -54,11 +52,9 @@ def draw_split(profile: Profile, row: Row, pool: Pool) -> Split:
 
 
 def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict[str, float]:
-    """Measure k-NN and linear-probe accuracy on images outside all four roles.
+    """Measure accuracy in [0, 1] on images outside all four roles: ``knn`` (20 neighbors, cosine) and linear ``probe``.
 
-    Returns:
-        dict: ``knn`` (20 neighbors, cosine) and ``probe`` (logistic regression) accuracy in [0, 1], empty when fewer
-        than 50 such images are left.
+    Empty when fewer than 50 such images are left.
     """
     import torch
     from sklearn.linear_model import LogisticRegression
@@ -79,11 +75,12 @@ def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict
     with torch.inference_mode():
         vectors = [encoder.embed(datasets.to_float(pool.images[chunk])).float().cpu() for chunk in chunks]
     vectors, labels = torch.cat(vectors).numpy(), pool.labels[outside]
-    knn = KNeighborsClassifier(min(20, n_fit), metric="cosine")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
+    knn = KNeighborsClassifier(min(20, n_fit), metric="cosine").fit(vectors[:n_fit], labels[:n_fit])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(
+        vectors[:n_fit], labels[:n_fit]
+    )
     return {
-        name: float(model.fit(vectors[:n_fit], labels[:n_fit]).score(vectors[n_fit:], labels[n_fit:]))
-        for name, model in (("knn", knn), ("probe", probe))
+        name: float(model.score(vectors[n_fit:], labels[n_fit:])) for name, model in (("knn", knn), ("probe", probe))
     }
 
 
@@ -91,8 +88,7 @@ def measure_segmenter(segmenter, pool: Pool, members: np.ndarray, nonmembers: np
     """Measure mIoU and pixel accuracy on non-members, and mIoU on members (the gap is what leaks)."""
     from mia_utils.models.segmenters import measure_iou
 
-    outside = measure_iou(segmenter, pool.images[nonmembers], pool.masks[nonmembers])
-    inside = measure_iou(segmenter, pool.images[members], pool.masks[members])
+    inside, outside = (measure_iou(segmenter, pool.images[idx], pool.masks[idx]) for idx in (members, nonmembers))
     return {"miou": outside["miou"], "pixel_accuracy": outside["pixel_accuracy"], "miou_members": inside["miou"]}
 
 
@@ -103,78 +99,65 @@ def get_sides(row: Row, split: Split) -> tuple[np.ndarray, np.ndarray]:
     return getattr(split, f"{row.role}_members"), getattr(split, f"{row.role}_nonmembers")
 
 
-def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
-    """Train the model of a row, or find it; returns the folder of its artifact (in every process of ``torchrun``)."""
-    from mia_utils import pretrain  # torch takes seconds: a plan needs spec_of only
-    from mia_utils.pretrain import distributed
+def fit_row(profile: Profile, row: Row, folder: Path | None, *, progress: bool) -> dict[str, Any]:
+    """Train the model of a row and write it to a folder, if there is one; returns what its ``meta.json`` tells."""
+    from mia_utils import pretrain
 
-    spec = spec_of(profile, row)
-    found = distributed.share(artifacts.find(spec))
-    if found:
-        return found
     pool = load_pool(profile, row.dataset)
     split = draw_split(profile, row, pool)
     members, nonmembers = get_sides(row, split)
-    nonmembers = nonmembers[:HELDOUT_IMAGES]
+    nonmembers, segments = nonmembers[:HELDOUT_IMAGES], row.method in profiles.SEGMENTERS
+    targets, options = pool.masks if segments else pool.labels, {}
+    if segments:
+        if targets is None:
+            raise ValueError(f"model {row.id}: {row.method} needs label maps, data set {pool.name!r} has none")
+        options = {"n_classes": len(pool.mask_class_names or pool.class_names)}
+        if row.options.get("minmax"):  # the owner's own, and no report image: the shadow's side
+            others = split.shadow_members
+            options |= {"reference": pool.images[others], "reference_labels": targets[others]}
+    elif row.method == "supervised":
+        options = {"n_classes": len(pool.class_names)}
 
-    def make(folder: Path | None) -> dict[str, Any]:
-        """Train; write only where there is a folder."""
+    def measure(epoch: int, model) -> dict[str, float]:
+        if segments:
+            return measure_segmenter(model, pool, members, nonmembers)
+        # a reference row trains on images that measure the utility of others
+        return measure_utility(model, pool, split) if epoch in (0, row.epochs) and row.role != "reference" else {}
 
-        def measure(epoch: int, encoder) -> dict[str, float]:
-            # a reference row trains on images that measure the utility of others
-            ends = (0, row.epochs) if row.role != "reference" else ()
-            if segmenting:
-                return measure_segmenter(encoder, pool, members, nonmembers)
-            return measure_utility(encoder, pool, split) if epoch in ends else {}
+    sides = dict(labels=targets[members], heldout=pool.images[nonmembers], heldout_labels=targets[nonmembers])
+    recipe = dict(arch=row.arch, epochs=row.epochs, augmentation=row.augmentation, **options, **row.options)
+    resume, seed = artifacts.get_work_dir(spec_of(profile, row)) / "resume.pt", pretrain.derive_seed(row.seed, row.role)
+    recipe |= dict(seed=seed, resume_path=resume, on_checkpoint=measure, progress=progress)
+    run = pretrain.fit(row.method, pool.images[members], **sides, **recipe)
+    if folder is None:
+        return {}
+    run.save(folder)
+    split.save(folder / "split.npz")  # the membership mask is kept with the model
+    utility, history = {}, run.history
+    if "knn" in history:
+        first, last = history.iloc[0], history.iloc[-1]
+        utility = {"knn": last.knn, "probe": last.probe, "knn_untrained": first.knn, "probe_untrained": first.probe}
+    if "miou" in history:
+        utility = {key: history[key].dropna().iloc[-1] for key in ("miou", "miou_members", "pixel_accuracy")}
+    return {"settings": run.settings, "train_seconds": round(run.seconds, 2), "utility": utility, "id": row.id}
 
-        segmenting = row.method in profiles.SEGMENTERS
-        targets, options = pool.labels, {}
-        if segmenting:
-            if pool.masks is None:
-                raise ValueError(f"model {row.id}: {row.method} needs label maps, data set {pool.name!r} has none")
-            targets, options = pool.masks, {"n_classes": len(pool.mask_class_names or pool.class_names)}
-            if row.options.get("minmax"):  # the owner's own, and no report image: the shadow's side
-                others = split.shadow_members
-                options |= {"reference": pool.images[others], "reference_labels": targets[others]}
-        elif row.method == "supervised":
-            options = {"n_classes": len(pool.class_names)}
-        run = pretrain.fit(
-            row.method,
-            pool.images[members],
-            labels=targets[members],
-            heldout=pool.images[nonmembers],
-            heldout_labels=targets[nonmembers],
-            arch=row.arch,
-            epochs=row.epochs,
-            seed=pretrain.derive_seed(row.seed, row.role),
-            augmentation=row.augmentation,
-            resume_path=artifacts.get_work_dir(spec) / "resume.pt",
-            on_checkpoint=measure,
-            progress=progress,
-            **options,
-            **row.options,
-        )
-        if folder is None:
-            return {}
-        run.save(folder)
-        split.save(folder / "split.npz")  # the membership mask is kept with the model
-        ends = {}
-        if "knn" in run.history:
-            first, last = run.history.iloc[0], run.history.iloc[-1]
-            ends = {"knn": last.knn, "probe": last.probe, "knn_untrained": first.knn, "probe_untrained": first.probe}
-        if "miou" in run.history:
-            ends = {key: run.history[key].dropna().iloc[-1] for key in ("miou", "miou_members", "pixel_accuracy")}
-        return {"settings": run.settings, "train_seconds": round(run.seconds, 2), "utility": ends, "id": row.id}
 
-    def start(folder: Path) -> dict[str, Any]:  # not called where another job was faster
+def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
+    """Train the model of a row, or find it; returns the folder of its artifact (in every process of ``torchrun``)."""
+    from mia_utils.pretrain import distributed  # torch takes seconds: a plan needs spec_of only
+
+    spec = spec_of(profile, row)
+    if found := distributed.share(artifacts.find(spec)):
+        return found
+
+    def make(folder: Path) -> dict[str, Any]:  # not called where another job was faster
         distributed.share("train")
-        return make(folder)
+        return fit_row(profile, row, folder, progress=progress)
 
     if distributed.get_rank() == 0:  # it alone holds the lock of the artifact
-        return distributed.share(artifacts.load_or_make(spec, start))
-    answer = distributed.share(None)
-    if answer == "train":
-        make(None)
+        return distributed.share(artifacts.load_or_make(spec, make))
+    if (answer := distributed.share(None)) == "train":
+        fit_row(profile, row, None, progress=progress)
         answer = distributed.share(None)
     return answer
 
@@ -184,7 +167,9 @@ def load_run(folder: Path) -> Run:
     from safetensors import SafetensorError
 
     from mia_utils import pretrain
+    from mia_utils.models.speed import use_fast_products
 
+    use_fast_products()
     artifacts.verify(folder)
     meta = artifacts.read_meta(folder)
     try:
@@ -194,8 +179,7 @@ def load_run(folder: Path) -> Run:
             raise ValueError(f"{last} is missing")
         return pretrain.Run.load(folder, settings=settings, seconds=seconds, utility=meta.get("utility", {}))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise artifacts.Damaged(f"{folder.name} can't be read ({reason}): put it back or delete the folder") from None
+        raise artifacts.Damaged(folder.name, f"can't be read ({error})") from None
 
 
 def main(arguments: list[str]) -> int:
@@ -203,23 +187,23 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 2:
         print("usage: python -m mia_utils.runner.train PROFILE MODEL_ID [MODEL_ID ...]", file=sys.stderr)
         return 2
-    rank = ""
+    rank = 0
     try:
         profile = profiles.load(arguments[0])
         rows = [profile.row(model_id) for model_id in arguments[1:]]
-        if n_threads := paths.get_threads():
-            import torch  # seconds: after the arguments are checked
+        n_threads = paths.get_threads()
+        import torch  # seconds: after the arguments are checked
 
-            torch.set_num_threads(n_threads)
         from mia_utils.pretrain import distributed
 
-        rank = f"process {distributed.get_rank()}: " if distributed.get_rank() else ""
+        torch.set_num_threads(n_threads or torch.get_num_threads())
+        rank = distributed.get_rank()
         for row in rows:
             folder = train_row(profile, row, progress=sys.stderr.isatty())
             if not rank:
                 print(f"{row.id}: {folder.name} ({artifacts.read_meta(folder)['train_seconds']:.0f} s)", flush=True)
     except (ValueError, FileNotFoundError) as error:
-        print(f"{rank}{error}", file=sys.stderr)
+        print(f"process {rank}: {error}" if rank else error, file=sys.stderr)
         return 2
     return 0
 
