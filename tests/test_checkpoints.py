@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18, resnet50
 
+from mia_utils.attacks import mim
 from mia_utils.models import checkpoints, encoders
+from mia_utils.pretrain import foreign
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NORMALIZED = (IMAGES - torch.tensor(encoders.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
@@ -257,6 +259,46 @@ def test_folders_of_transformers_open_in_both_layouts(tmp_path, kind, new):
     with torch.inference_mode():  # transformers' eps of 1e-12 against timm's 1e-6
         out = module.forward_features((IMAGES - 0.5) / 0.5)
         torch.testing.assert_close(encoder.tokens(IMAGES), out[:, 1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["facebook", "transformers"])
+def test_the_decoder_of_a_foreign_mae_is_kept_for_the_mim_attack(tmp_path, layout):
+    """Against the released code's forward, step by step."""
+    blocks = make_vit(embed_dim=64, num_heads=16 if layout == "facebook" else 2, mlp_ratio=1.0).blocks
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        embed, norm, predict = nn.Linear(192, 64), nn.LayerNorm(64, eps=1e-6), nn.Linear(64, 192)
+        mask_token, position = torch.randn(1, 1, 64), torch.randn(1, 17, 64)
+    outer = {"decoder_embed": embed, "decoder_norm": norm, "decoder_pred": predict}
+    state = {f"{name}.{key}": v for name, module in outer.items() for key, v in module.state_dict().items()}
+    state["decoder_pos_embed"], state["mask_token"] = position, mask_token
+    inner = {f"blocks.{key}": v for key, v in blocks.state_dict().items()}
+    if layout == "facebook":
+        state |= put("decoder_", inner) | STATE
+        torch.save({"model": state, "args": argparse.Namespace(norm_pix_loss=False)}, tmp_path / "mae")
+    else:
+        inner = {k.replace("encoder.layer.", "decoder_layers."): v for k, v in to_transformers(inner).items()}
+        config = dict(decoder_num_attention_heads=2, norm_pix_loss=False)
+        write_folder(tmp_path / "mae", put("decoder.", state | inner) | put("vit.", to_transformers(STATE)), **config)
+    encoder = encoders.open(tmp_path / "mae")
+    assert encoder.facts["decoder heads"] == (("16", "assumed") if layout == "facebook" else ("2", "read"))
+    assert encoder.facts["decoder predicts"] == ("pixels as they are", "read") and encoder.method == "mae"
+    model, masks = foreign.open_decoder(encoder), torch.zeros(16, dtype=torch.bool)
+    masks[[1, 2, 5, 7, 11, 12, 13, 15]] = True
+    with torch.inference_mode():
+        x = VIT.patch_embed(NORMALIZED) + VIT.pos_embed[:, 1:]
+        x = torch.cat([(VIT.cls_token + VIT.pos_embed[:, :1]).expand(3, -1, -1), x[:, ~masks]], 1)
+        x = embed(VIT.norm(VIT.blocks(x)))
+        full = mask_token.repeat(3, 17, 1)
+        full[:, [0, *(1 + i for i in range(16) if not masks[i])]] = x
+        patches = predict(norm(blocks(full + position)))[:, 1:]
+        pixels = patches.reshape(3, 4, 4, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(3, 3, 32, 32)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoders.IMAGENET_MEAN, encoders.IMAGENET_STD))
+        torch.testing.assert_close(model.reconstruct(IMAGES, masks), pixels * std + mean, rtol=0, atol=1e-4)
+        fresh = foreign.open_decoder(encoder, untrained_seed=0).reconstruct(IMAGES, masks)
+        assert fresh.shape == IMAGES.shape and not torch.allclose(fresh, pixels * std + mean, atol=0.1)
+    assert mim.compute_distances(model, IMAGES, n_masks=2).shape == (3, 2)
+    assert foreign.open_decoder(encoders.make("vit_nano_patch8_32")) is None
 
 
 def test_a_folder_of_timm_is_read_by_its_config(tmp_path):

@@ -30,43 +30,43 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18_32": ("resnet18", {}),
 }
 BUILT_IN = tuple(ARCHS)  # opened checkpoints add variants of their own to ARCHS
-_VITS = ("vit", "deit", "deit3")
-# what ``dropout`` and ``drop_path`` are called in timm
-_REGULARIZERS = {"dropout": ("proj_drop_rate", "pos_drop_rate"), "drop_path": ("drop_path_rate",)}
+_PLAIN = ("vit", "deit", "deit3")
+# global_pool='' keeps the final norm on the tokens ('avg' would turn it into Identity)
+_SETTINGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(_PLAIN, dict(global_pool="", dynamic_img_size=True)), "beit": dict(global_pool=""),
+    **dict.fromkeys(("swin", "swinv2"), dict(strict_img_size=False)),
+}  # fmt: skip
+_REGULARIZERS = {"dropout": ("proj_drop_rate", "pos_drop_rate"), "drop_path": ("drop_path_rate",)}  # timm's names
+
+
+def is_model(name: str) -> bool:
+    """Tell whether timm knows a name by itself: it may come from a file and point elsewhere (hf-hub:, local-dir:)."""
+    return bool(re.fullmatch(r"[\w.\-]+", name)) and timm.is_model(name.split(".")[0])
 
 
 def make_backbone(arch: str, *, seed: int = 0, dropout: float | None = None, drop_path: float | None = None,
                   **changes: Any) -> nn.Module:  # fmt: skip
-    """Build a backbone: a key of ``ARCHS``, or any timm name.
-
-    The weights come from a private random stream: the global random state is left as it was.
+    """Build a backbone from a private random stream; the global random state is left as it was.
 
     Args:
-        arch: its name.
+        arch: a key of ``ARCHS``, or any timm name.
         seed: of the weights; the same for every ``dropout`` and ``drop_path``.
         dropout: share of values that a ViT drops in training, after its projections and positions; None: timm's.
         drop_path: share of residual branches dropped in the last block, growing linearly up to it; None: timm's.
         changes: further arguments of timm, for example ``num_heads`` or ``pretrained`` (downloads).
     """
     base, own = ARCHS.get(arch, (arch, {}))
-    # a name may come from a file: nothing that timm would look up elsewhere (hf-hub:, local-dir:)
-    if not re.fullmatch(r"[\w.\-]+", base) or not timm.is_model(base.split(".")[0]):
-        raise ValueError(f"no encoder {arch!r}: expected {', '.join(BUILT_IN)} or a timm name")
+    expected = f"expected {', '.join(BUILT_IN)} or a timm name"
+    if not is_model(base):
+        raise ValueError(f"no encoder {arch!r}: {expected}")
     family = base.split("_")[0]
-    settings = dict(num_classes=0) | own
-    if family in _VITS:
-        # global_pool='' keeps the final norm on the tokens ('avg' would turn it into Identity)
-        settings |= dict(global_pool="", dynamic_img_size=True)
-    elif family in ("swin", "swinv2"):
-        settings |= dict(strict_img_size=False)
-    elif family == "beit":
-        settings |= dict(global_pool="")
+    settings = dict(num_classes=0) | own | _SETTINGS.get(family, {})
     for option, value in (("dropout", dropout), ("drop_path", drop_path)):
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"expected {option} from 0 to below 1, got {value!r}")
-        if family not in _VITS and not (option == "drop_path" and family in ("swin", "resnet")):
+        if family not in _PLAIN and not (option == "drop_path" and family in ("swin", "resnet")):
             fitting = "a plain ViT (drop_path: also Swin, ResNet)"
             raise ValueError(f"option {option} does not fit {arch}: expected {fitting}")
         settings |= dict.fromkeys(_REGULARIZERS[option], value)
@@ -80,8 +80,7 @@ def make_backbone(arch: str, *, seed: int = 0, dropout: float | None = None, dro
         try:
             module = timm.create_model(base, **settings)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"no encoder {arch!r} ({reason}): expected {', '.join(BUILT_IN)} or a timm name") from None
+            raise ValueError(f"no encoder {arch!r} ({first_line(error)}): {expected}") from None
         if arch.endswith("_32") and "resne" in arch:  # CIFAR stem: 3 x 3, stride 1, no max-pool
             module.conv1 = nn.Conv2d(3, module.bn1.num_features, 3, 1, 1, bias=False)
             module.maxpool = nn.Identity()
@@ -89,11 +88,16 @@ def make_backbone(arch: str, *, seed: int = 0, dropout: float | None = None, dro
     return module
 
 
-Reader = Callable[[Tensor], tuple[Tensor | None, Tensor]]  # x -> (class vector or None, tokens (N, L, D))
+def first_line(error: Exception) -> str:
+    """What a library said, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
-def find_reader(module: nn.Module, probe: Tensor) -> Reader:
-    """Return what reads a backbone's tokens; of a CNN or Swin the deepest stage with L >= 4 for the probe's size."""
+def find_reader(module: nn.Module, probe: Tensor) -> Callable[[Tensor], tuple[Tensor | None, Tensor]]:
+    """Return what reads a backbone's class vector (or None) and tokens (N, L, D).
+
+    Of a CNN or Swin: the deepest stage with L >= 4 for the probe's size.
+    """
     n_before = int(getattr(module, "num_prefix_tokens", 0))
     has_class = n_before and getattr(module, "cls_token", True) is not None
 

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: read tensors only, find the encoder in them, say what was read or assumed.
+"""Checkpoints as people have them: read tensors only, take one encoder of them, say what was read or assumed.
 
 No code of a file is ever run. What its keys mean is told in ``layouts``.
 """
@@ -6,10 +6,9 @@ No code of a file is ever run. What its keys mean is told in ``layouts``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import re
-import zipfile
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,15 +40,13 @@ class Facts(dict):
 
 @dataclass
 class Checkpoint:
-    """A file or folder as read: ``tensors`` under dotted names, the safetensors ``header``, the ``config`` and
-    ``preprocessor`` JSON of a folder, and ``settings`` stored beside the weights (training arguments)."""
+    """A file or folder as read."""
 
     name: str
-    tensors: dict[str, Tensor]
-    header: dict[str, str] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    preprocessor: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor]  # under dotted names
+    header: dict[str, str] = field(default_factory=dict)  # of safetensors
+    config: dict[str, Any] = field(default_factory=dict)  # JSON of a folder
+    settings: dict[str, Any] = field(default_factory=dict)  # beside the weights of a .pth: training arguments
 
 
 def read(path: Path) -> Checkpoint:
@@ -66,43 +63,33 @@ def read(path: Path) -> Checkpoint:
         shards = sorted({str(shard) for shard in named.values()}) if isinstance(named, dict) else []
         if not shards or any(Path(shard).name != shard or shard.endswith(".index.json") for shard in shards):
             raise ValueError(f"{path.name} names no shards in its own folder: expected weight_map, name -> file")
-        parts = [read(path.parent / shard) for shard in shards]
-        return Checkpoint(path.name, {key: value for part in parts for key, value in part.tensors.items()})
+        parts = [read(path.parent / shard).tensors for shard in shards]
+        return Checkpoint(path.name, {key: value for part in parts for key, value in part.items()})
     if path.suffix == ".safetensors":
-        tensors, header = read_safetensors(path)
-        return Checkpoint(path.name, tensors, header)
-    tensors: dict[str, Tensor] = {}
-    settings: dict[str, Any] = {}
-    for name, value in _flatten(_read_pickle(path)):
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            settings[name] = value
+        return Checkpoint(path.name, *read_safetensors(path))
+    values = dict(_flatten(_read_pickle(path)))
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path.name} holds no tensors: expected a state_dict")
-    return Checkpoint(path.name, tensors, settings=settings)
+    return Checkpoint(path.name, tensors, settings={k: v for k, v in values.items() if k not in tensors})
 
 
-_FOLDER = (
-    "encoder.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)  # fmt: skip
+_FOLDER = ["encoder.safetensors"]
+_FOLDER += [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 
 
 def _read_folder(path: Path) -> Checkpoint:
     """Read an artifact, a checkpoint of transformers or timm with its config.json, or sharded files."""
-    found = next((path / name for name in _FOLDER if (path / name).is_file()), None)
-    if found is None:
-        others = sorted(p for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin") for p in path.glob(pattern))
-        if len(others) != 1:
-            names = ", ".join(p.name for p in others[:4]) or "none"
-            raise FileNotFoundError(f"no weights file in {path}: expected {_FOLDER[0]} or {_FOLDER[1]}, found {names}")
-        found = others[0]
-    checkpoint = read(found)
+    found = [path / name for name in _FOLDER if (path / name).is_file()][:1]
+    found = found or sorted(p for p in path.glob("*") if p.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found[:4]) or "none"
+        raise FileNotFoundError(f"no weights file in {path}: expected {' or '.join(_FOLDER[:2])}, found {names}")
+    checkpoint = read(found[0])
     checkpoint.name = path.name
-    for attribute, name in (("config", "config.json"), ("preprocessor", "preprocessor_config.json")):
+    for name in ("preprocessor_config.json", "config.json"):
         if (path / name).is_file():
-            setattr(checkpoint, attribute, _read_json(path / name))
+            checkpoint.config |= _read_json(path / name)
     return checkpoint
 
 
@@ -127,30 +114,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> Any:
     """Read a released checkpoint: tensors and plain values, argparse.Namespace allowed, nothing else."""
-    if zipfile.is_zipfile(path):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            if any(name.split("/")[-1] == "constants.pkl" for name in archive.namelist()):
-                raise ValueError(
-                    f"{path.name} is a TorchScript archive: refused, only tensors are read and no code is run; if you "
-                    f"trust it: model = torch.jit.load({path.name!r}), then encoders.wrap(model, size=...)"
-                )
+    refused = "refused, only tensors are read and no code is run"
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader fail in any way
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            raise ValueError(f"{path.name} can't be read: refused, only tensors are read and no code is run") from None
-        raise ValueError(
-            f"{path.name} holds {found.group(1)}: refused, only tensors are read and no code is run; if you trust it, "
-            "save its model.state_dict() with torch.save and open that, or use encoders.wrap(model, size=...)"
-        ) from None
+        message = f"{path.name} can't be read: {refused}"
+        if "TorchScript" in str(error):
+            way = f"model = torch.jit.load({path.name!r}), then encoders.wrap(model, size=...)"
+            message = f"{path.name} is a TorchScript archive: {refused}; if you trust it: {way}"
+        elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            way = "save its model.state_dict() with torch.save and open that, or use encoders.wrap(model, size=...)"
+            message = f"{path.name} holds {found[1]}: {refused}; if you trust it, {way}"
+    raise ValueError(message)
 
 
 def _flatten(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
     """Walk nested dicts and Namespaces: yields (dotted name, tensor or plain value)."""
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
     if not isinstance(value, Mapping):
         yield name, value
         return
@@ -158,9 +140,7 @@ def _flatten(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
         yield from _flatten(inner, f"{name}.{key}" if name else str(key))
 
 
-# ------------------------------------------------------------------------------------------ which encoder of a file
-
-# role -> how people name it; which one the method hands on, first to last. MoCo hands on the one that gets gradients.
+# role -> how people name it
 ROLES: dict[str, str] = {
     "ema": r"(^|[._])(ema|averaged)([._]|$)",
     "teacher": r"teacher",
@@ -169,8 +149,8 @@ ROLES: dict[str, str] = {
     "momentum": r"momentum|encoder_k|key_encoder|encoder_key",
     "student": r"student|base_encoder|encoder_q|query_encoder|encoder_query",
 }
-_ORDER = ("ema", "teacher", "online", "target", "", "student", "momentum")
-_ASKED = {  # what ``weights=`` may say beside "auto" and a key
+_ORDERS = {  # weights= -> roles, best first; auto: what the method hands on, of MoCo the encoder that gets gradients
+    "auto": ("ema", "teacher", "online", "target", "", "student", "momentum"),
     "ema": ("ema", "teacher", "target", "momentum"),
     "teacher": ("teacher", "target", "momentum", "ema"),
     "student": ("student", "online", ""),
@@ -181,42 +161,27 @@ def _tell_role(prefix: str) -> str:
     return next((role for role, pattern in ROLES.items() if re.search(pattern, prefix)), "")
 
 
-def pick(checkpoint: Checkpoint, prefixes: list[str], weights: str, facts: Facts) -> tuple[str, dict]:
-    """Take one of the encoders that a file holds.
+def pick(checkpoint: Checkpoint, prefixes: list[str], weights: str, facts: Facts) -> tuple[str, dict[str, Tensor]]:
+    """Take one of the encoders that begin at ``prefixes``; returns its prefix, and float32 tensors under names without.
 
-    Args:
-        checkpoint: the file; the part that was taken is noted in ``facts``.
-        prefixes: where an encoder begins in its names, for example ``"student.backbone."``.
-        weights: ``"auto"`` (what the method hands on: EMA, teacher, target encoder; of MoCo the trained one),
-            ``"ema"``, ``"teacher"``, ``"student"``, or the beginning of a name.
-
-    Returns:
-        The prefix of the one taken, and its tensors as float32 under names without it.
+    ``weights`` is a key of ``_ORDERS`` or the beginning of a name.
     """
     shown = {prefix: prefix.rstrip(".") or "the file itself" for prefix in prefixes}
-    asked = [p for p in prefixes if p == weights or p.startswith(weights.rstrip(".") + ".")]
-    if weights == "auto":
-        asked = prefixes
-    order = _ORDER if weights == "auto" or asked else _ASKED.get(weights, ())
-    if not asked and order:
-        asked = prefixes
-    ranked = [[p for p in asked if _tell_role(p) == role] for role in order]
-    best = next((group for group in ranked if group), [])
-    there = ", ".join(shown.values())
+    named = [p for p in prefixes if p == weights or p.startswith(weights.rstrip(".") + ".")]
+    order = _ORDERS["auto"] if named else _ORDERS.get(weights, ())
+    ranked = [[p for p in named or prefixes if _tell_role(p) == role] for role in order]
+    best, there = next(filter(None, ranked), []), ", ".join(shown.values())
     if not best:
         raise ValueError(f"{checkpoint.name} holds no weights {weights!r}: expected auto, or one of {there}")
     if len(best) > 1:
         raise ValueError(f"{checkpoint.name} holds {len(best)} encoders ({there}): give weights= one of them")
-    prefix = best[0]
-    others = [p for p in prefixes if p != prefix]
+    prefix, others = best[0], [p for p in prefixes if p != best[0]]
     note = f" (also there: {', '.join(shown[p] for p in others)})" if others else ""
     source = GIVEN if weights != "auto" else ASSUMED if others else READ
     facts.add("weights", f"{_tell_role(prefix) or 'encoder'} at {shown[prefix]}{note}", source)
-    state = {}
-    for key, value in checkpoint.tensors.items():
-        inner_of_other = any(len(p) > len(prefix) and key.startswith(p) for p in others)
-        if key.startswith(prefix) and not inner_of_other:
-            state[key[len(prefix) :]] = value
+    inner = tuple(p for p in others if len(p) > len(prefix))
+    state = {k[len(prefix) :]: v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
+    state = {k: v for k, v in state.items() if not (prefix + k).startswith(inner)}
     kinds = sorted({str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point()})
     if kinds != ["float32"]:
         facts.add("precision", f"{', '.join(kinds)}, computed in float32", READ)

@@ -6,80 +6,81 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mia_utils.models import checkpoints, layouts, wrapping
-from mia_utils.models.backbones import ARCHS, BUILT_IN, find_reader, make_backbone
+from mia_utils.models.backbones import ARCHS, BUILT_IN, find_reader, first_line, is_model, make_backbone
 from mia_utils.models.checkpoints import ASSUMED, GIVEN, READ, Facts
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 NONE, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+Size = int | Sequence[int]  # side, or (height, width), in pixels
+
+
+def to_shape(size: Size) -> tuple[int, int]:
+    """(height, width) of a side or of both."""
+    return (size, size) if isinstance(size, int) else tuple(map(int, size))
+
+
+def check_pixels(images: Tensor) -> None:
+    """Refuse what are no float images (N, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"expected float images (N, 3, H, W) in [0, 1], got {tuple(images.shape)} {images.dtype}")
 
 
 class Encoder:
     """An image encoder as the attacks see it.
 
     Attributes:
-        name: what to call it in tables.
         arch, method: backbone name and training method (``None`` when unknown).
         pooling: the vector the method trained, ``"cls"`` or ``"mean"``; what ``pooling="auto"`` means.
-        input_size, min_size: side in pixels it was trained at (the longer one), and the smallest it takes (smaller
-            inputs are resized up to it).
-        shape: (height, width) it was trained at; inputs are resized to it where ``fixed``.
+        shape, input_size: (height, width) it was trained at, and the longer side; inputs are resized where ``fixed``.
+        min_size: smaller inputs are resized up to it.
         n_tokens, dim: L and D at ``shape``.
         module: the torch module, or ``None`` for a wrapped callable.
-        facts: what is known of it, each read, given or assumed.
+        facts: what is known of it; decoder: what an MAE checkpoint kept of it, for ``pretrain.foreign.open_decoder``.
     """
 
     def __init__(
-        self, tokens: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None, *, name: str,
-        input_size: int | Sequence[int], min_size: int, mean: Sequence[float], std: Sequence[float],
-        pooling: str = "mean", arch: str | None = None, method: str | None = None, module: nn.Module | None = None,
-        vector: Callable[[Tensor], Tensor] | None = None, fixed: bool = False, weights: nn.Module | None = None,
-        remake: Callable[[int], Encoder] | None = None, facts: Facts | None = None,
+        self, tokens: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None, *, name: str, input_size: Size,
+        min_size: int, mean: Sequence[float], std: Sequence[float], pooling: str = "mean", arch: str | None = None,
+        method: str | None = None, module: nn.Module | None = None, vector: Callable[[Tensor], Tensor] | None = None,
+        fixed: bool = False, weights: nn.Module | None = None, remake: Callable[[int], Encoder] | None = None,
+        facts: Facts | None = None,
     ):  # fmt: skip
         self._forward, self._vector, self._remake = tokens, vector, remake
         self._weights = module if weights is None else weights
         self.name, self.arch, self.method, self.module = name, arch, method, module
-        self.shape = (input_size,) * 2 if isinstance(input_size, int) else tuple(map(int, input_size))
-        self.input_size, self.min_size, self.pooling = max(self.shape), min_size, pooling
-        self.fixed = fixed or self.shape[0] != self.shape[1]
+        self.shape, self.min_size, self.pooling = to_shape(input_size), min_size, pooling
+        self.input_size, self.fixed = max(self.shape), fixed or self.shape[0] != self.shape[1]
         self.facts = Facts() if facts is None else facts
         self._mean, self._std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
-        self.device, self._dtype = torch.device("cpu"), None
-        self._follow()
+        self.device, self._dtype, self.n_tokens = torch.device("cpu"), None, 0
+        self.decoder: dict[str, Any] | None = None
         self.offers = {"tokens", "embed"} if tokens is not None else {"embed"}
         with torch.inference_mode():
             probe = torch.zeros(1, 3, *self.shape)
             if tokens is None:
-                self.n_tokens, self.dim = 0, int(self.embed(probe).shape[1])
+                self.dim = int(self.embed(probe).shape[1])
                 return
             _, self.n_tokens, self.dim = map(int, self.tokens(probe).shape)
         if self.n_tokens < 2:
             raise ValueError(f"{name} gives {self.n_tokens} token at {input_size} px: expected at least 2")
 
-    def _follow(self) -> None:
-        """Note where the weights are and of which type: the owner of a wrapped module may move it."""
-        if self._weights is not None:
-            for weights in filter(torch.is_floating_point, self._weights.parameters()):
-                self.device, self._dtype = weights.device, weights.dtype
-                break
-
     def _prepare(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"expected float images (N, 3, H, W) in [0, 1], got {tuple(images.shape)} {images.dtype}")
-        self._follow()
+        """Resize and normalize; the owner of a wrapped module may have moved it meanwhile."""
+        check_pixels(images)
+        weights = self._weights.parameters() if self._weights is not None else ()
+        if (weight := next(filter(torch.is_floating_point, weights), None)) is not None:
+            self.device, self._dtype = weight.device, weight.dtype
         images = images.to(self.device)
         size = self.shape if self.fixed and images.shape[-2:] != self.shape else None
         if size is None and min(images.shape[-2:]) < self.min_size:
@@ -97,9 +98,7 @@ class Encoder:
     def embed(self, images: Tensor, pooling: str | None = None) -> Tensor:
         """Encode images (N, 3, H, W) in [0, 1] to vectors (N, D).
 
-        Args:
-            images: float in [0, 1].
-            pooling: ``"cls"``, ``"mean"``, or None / ``"auto"`` for the vector the method trained.
+        ``pooling`` is ``"cls"``, ``"mean"``, or None / ``"auto"`` for the vector the method trained.
         """
         if self._vector is not None:
             return self._vector(self._prepare(images)).float()
@@ -127,8 +126,7 @@ class Encoder:
 
 def from_module(
     module: nn.Module, *, arch: str, method: str | None = None, name: str | None = None, mean: Sequence[float] = HALF,
-    std: Sequence[float] = HALF, input_size: int | Sequence[int] | None = None, pooling: str | None = None,
-    facts: Facts | None = None,
+    std: Sequence[float] = HALF, input_size: Size | None = None, pooling: str | None = None, facts: Facts | None = None,
 ) -> Encoder:  # fmt: skip
     """Make an Encoder of a timm module, in eval mode (see ``Encoder`` for what it offers)."""
     module.eval()
@@ -136,8 +134,7 @@ def from_module(
     if input_size is None:
         config = int(getattr(module, "default_cfg", {}).get("input_size", (3, 224, 224))[-1])
         input_size = getattr(embedding, "img_size", None) or (32 if arch.endswith("_32") else config)
-    shape = (input_size,) * 2 if isinstance(input_size, int) else tuple(map(int, input_size))
-    patch, weights = getattr(embedding, "patch_size", None), next(module.parameters())
+    shape, patch, weights = to_shape(input_size), getattr(embedding, "patch_size", None), next(module.parameters())
     is_vit = patch is not None and hasattr(module, "blocks")
     # a ViT that does not resize its positions (BEiT, EVA) takes one size only
     fixed = is_vit and getattr(embedding, "strict_img_size", False) and not getattr(module, "dynamic_img_size", False)
@@ -147,8 +144,8 @@ def from_module(
             read = find_reader(module, probe)
             has_class = read(probe)[0] is not None
         except (AttributeError, RuntimeError, IndexError, AssertionError) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{arch} can't be an encoder here: its feature map can't be read ({line})") from None
+            why = f"its feature map can't be read ({first_line(error)})"
+            raise ValueError(f"{arch} can't be an encoder here: {why}") from None
     if pooling is None:
         pooling = "cls" if has_class and method in ("dino", "moco", None) else "mean"
     min_size = 2 * int(patch[0]) if is_vit else max(max(shape) // 4, 8)
@@ -178,7 +175,7 @@ def make_untrained(encoder: Encoder, *, seed: int = 0) -> Encoder | None:
 
 
 def wrap(
-    embed: Callable[[Tensor], Any] | None = None, *, size: int | Sequence[int], mean: Sequence[float] = NONE,
+    embed: Callable[[Tensor], Any] | None = None, *, size: Size, mean: Sequence[float] = NONE,
     std: Sequence[float] = ONE, tokens: Callable[[Tensor], Any] | None = None, min_size: int = 1,
     name: str = "wrapped",
 ) -> Encoder:  # fmt: skip
@@ -198,14 +195,14 @@ def wrap(
     Returns:
         Encoder; outputs that differ between two calls or depend on the other images of a batch raise ValueError.
     """
-    if embed is None and tokens is None:
+    given = {key: value for key, value in (("embed", embed), ("tokens", tokens)) if value is not None}
+    if not given:
         raise ValueError("expected embed= or tokens= (a callable on normalized images), got neither")
-    for what, function in (("embed", embed), ("tokens", tokens)):
-        if function is not None and not callable(function):
+    for what, function in given.items():
+        if not callable(function):
             raise ValueError(f"expected {what}= callable on normalized images, got {type(function).__name__}")
-    modules = wrapping.find_modules(embed, tokens)
-    shape = (size, size) if isinstance(size, int) else tuple(map(int, size))
-    for function in [f for f in (embed, tokens) if f is not None]:
+    modules, shape = wrapping.find_modules(*given.values()), to_shape(size)
+    for function in given.values():
         answer = wrapping.check_outputs(function, modules, shape, name)
         if tokens is None and getattr(answer, "last_hidden_state", None) is not None:
             tokens = embed
@@ -215,18 +212,13 @@ def wrap(
     facts.add("normalization", f"mean {tuple(mean)}, std {tuple(std)}", ASSUMED if unknown else GIVEN)
     facts.add("pooling", *(("mean", ASSUMED) if embed is None else ("its own vectors", READ)))
 
-    def build(fresh: Sequence[nn.Module] | None, **more: Any) -> Encoder:
-        @contextlib.contextmanager
-        def entered() -> Iterator[None]:
-            with wrapping.evaluating(modules), wrapping.exchanged(modules, fresh or modules):
-                yield
-
+    def build(weights: Sequence[nn.Module], **more: Any) -> Encoder:
         def read(x: Tensor) -> tuple[None, Tensor]:
-            with entered():
+            with wrapping.evaluating(modules, weights):
                 return None, wrapping.unpack_tokens(tokens(x), x, patch)
 
         def vector(x: Tensor) -> Tensor:
-            with entered():
+            with wrapping.evaluating(modules, weights):
                 return wrapping.unpack_vector(embed(x))
 
         return Encoder(
@@ -237,7 +229,7 @@ def wrap(
     def remake(seed: int) -> Encoder:
         return build([wrapping.reinitialize(module, seed=seed) for module in modules], name=f"untrained-{name}")
 
-    return build(None, name=name, facts=facts, remake=remake if modules else None)
+    return build(modules, name=name, facts=facts, remake=remake if modules else None)
 
 
 # ---------------------------------------------------------------------------------------------- weights on disk
@@ -257,7 +249,7 @@ def save(encoder: Encoder, path: str | Path) -> Path:
 def open(  # noqa: A001 - encoders.open is the public name
     spec: str | Path, *, arch: str | None = None, arch_args: Mapping[str, Any] | None = None, weights: str = "auto",
     mean: Sequence[float] | None = None, std: Sequence[float] | None = None, pooling: str | None = None,
-    size: int | Sequence[int] | None = None, method: str | None = None,
+    size: Size | None = None, method: str | None = None,
 ) -> Encoder:  # fmt: skip
     """Open an encoder; ``facts`` of what it returns say what was read, given or assumed.
 
@@ -267,48 +259,47 @@ def open(  # noqa: A001 - encoders.open is the public name
             are read, no code is run.
         arch, arch_args: backbone and further arguments of timm, where the file does not tell them; ``num_heads`` alone
             may be given for a ViT whose other sizes the weights tell.
-        weights: which encoder of the file: ``"auto"``, ``"ema"``, ``"teacher"``, ``"student"``, or a key.
-        mean, std: normalization; None: read from the file, else that of ImageNet.
-        pooling: ``"cls"`` or ``"mean"``; None: the vector the method trained.
-        size: side, or (height, width), in pixels; None: that of the positions.
-        method: training method; None: read where something tells it.
+        weights: which encoder of the file: ``"auto"`` (what the method hands on: EMA, teacher, target encoder; of MoCo
+            the trained one), ``"ema"``, ``"teacher"``, ``"student"``, or a key.
+        mean, std, pooling, size, method: None: read from the file, else ImageNet's normalization, the vector the
+            method trained (``"cls"`` or ``"mean"``), the size of the positions.
 
     Returns:
         Encoder. What does not fit or can't be told raises one line (ValueError, FileNotFoundError) with the way out.
     """
-    text, changes, facts = str(spec), dict(arch_args or {}), Facts()
-    shape = (size, size) if isinstance(size, int) else size
+    text, changes, facts, told, decoder = str(spec), dict(arch_args or {}), Facts(), {}, None
+    shape, source = None if size is None else to_shape(size), READ
     if text.startswith("timm:"):
         arch = name = text[5:]
-        if not re.fullmatch(r"[\w.\-]+", name) or not timm.is_model(name.split(".")[0]):
+        if not is_model(name):
             raise ValueError(f"timm knows no model {name!r}: timm.list_models() lists them")
-        module, told, source = make_backbone(name, pretrained=True, **changes), {}, READ
+        module = make_backbone(name, pretrained=True, **changes)
         config = module.default_cfg
         method = method or next((m for m in ("dino", "mae", "moco", "clip") if m in name.split(".")[-1]), None)
     else:
         checkpoint = checkpoints.read(Path(text))
-        told = {key: value for key, value in checkpoint.header.items() if value != "None"}
-        arch, source = arch or told.get("arch") or checkpoint.config.get("architecture"), GIVEN if arch else READ
+        told, config = {k: v for k, v in checkpoint.header.items() if v != "None"}, dict(checkpoint.config)
+        arch, source = arch or told.get("arch") or config.get("architecture"), GIVEN if arch else READ
         if "built" in told and source == READ:
             layouts.register(arch, told["built"])
-        module, arch, state, found = layouts.build(checkpoint, arch, changes, weights, shape, facts)
+        module, arch, state, found, decoder = layouts.build(checkpoint, arch, changes, weights, shape, facts)
         layouts.fill(module, state, checkpoint.name, arch, facts)
-        name, method, config = Path(text).stem, method or told.get("method") or found, dict(checkpoint.config)
+        name, method = Path(text).stem, method or told.get("method") or found
         config |= config.get("pretrained_cfg", {})
-        config |= {key: v for key in ("mean", "std") if (v := checkpoint.preprocessor.get(f"image_{key}"))}
+        config |= {key: config[f"image_{key}"] for key in ("mean", "std") if config.get(f"image_{key}")}
         if "arch" in told:  # what save() wrote; before it noted the normalization, it was always this one
             config |= {key: json.loads(told.get(key, json.dumps(HALF))) for key in ("mean", "std")}
     facts.add("architecture", arch, source)
     seen = GIVEN if mean or std else READ if config.get("mean") else ASSUMED
     mean, std = mean or config.get("mean") or IMAGENET_MEAN, std or config.get("std") or IMAGENET_STD
     facts.add("normalization", f"mean {tuple(mean)}, std {tuple(std)}", seen)
-    seen = GIVEN if pooling else READ if "pooling" in told else ASSUMED
     encoder = from_module(
         module, arch=arch, method=method, name=name, mean=mean, std=std, input_size=shape, facts=facts,
         pooling=pooling or told.get("pooling"),
     )  # fmt: skip
+    encoder.decoder = decoder
     facts.add("method", method or "unknown", READ if method else ASSUMED)
-    facts.add("pooling", encoder.pooling, seen)
+    facts.add("pooling", encoder.pooling, GIVEN if pooling else READ if "pooling" in told else ASSUMED)
     facts.add("input", f"{encoder.shape[0]} x {encoder.shape[1]} px", GIVEN if size else READ)
     if "heads" not in facts and (attention := getattr(getattr(module, "blocks", [None])[0], "attn", None)):
         facts.add("heads", attention.num_heads, source)

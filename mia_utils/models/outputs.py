@@ -15,53 +15,45 @@ from mia_utils.models import views
 from mia_utils.models.encoders import Encoder
 from mia_utils.models.segmenters import Segmenter
 
-# Each change takes an output, the strength, and a callable that draws standard normal noise of the output's shape.
-Change = Callable[[Tensor, float | None, Callable[[], Tensor]], Tensor]
+# output defense -> kinds of model it fits
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "noise": ("encoder", "autoencoder", "segmenter"), "rounding": ("encoder", "autoencoder", "segmenter"),
+    "top-k": ("encoder", "segmenter"), "temperature": ("segmenter",), "argmax": ("segmenter",), "gauss": ("segmenter",),
+}  # fmt: skip
+# name of the strength; the strength that changes no bit, if there is one
+_STRENGTHS: dict[str, tuple[str, float | None]] = {
+    "noise": ("sigma", 0.0), "gauss": ("sigma", 0.0), "rounding": ("step", 0.0), "top-k": ("k", None),
+    "temperature": ("temperature", 1.0), "argmax": ("strength", None),
+}  # fmt: skip
 
 
-def _keep_largest(x: Tensor, k: int, noise: Callable) -> Tensor:
-    """Keep the k largest magnitudes of each vector (last axis), zero the others."""
-    kept = x.abs().topk(k, dim=-1).indices
+def change_vectors(x: Tensor, defense: str, strength: float, draw: Callable[[], Tensor]) -> Tensor:
+    """Change vectors (last axis) or pixels; ``draw`` gives standard normal noise of the same shape."""
+    if defense == "noise":
+        return x + strength * draw()
+    if defense == "rounding":
+        return (x / strength).round() * strength
+    kept = x.abs().topk(strength, dim=-1).indices  # top-k: of the largest magnitudes
     return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
 
 
-def _round_posteriors(p: Tensor, step: float, noise: Callable) -> Tensor:
-    """Round and renormalize; a pixel whose classes all round to zero becomes uniform."""
-    rounded = _round(p, step, noise)
-    return _normalize(torch.where(rounded.sum(1, keepdim=True) > 0, rounded, torch.ones_like(rounded)))
-
-
-def _keep_likeliest(p: Tensor, k: int, noise: Callable) -> Tensor:
-    kept = p.topk(k, dim=1)
-    return _normalize(torch.zeros_like(p).scatter(1, kept.indices, kept.values))
-
-
-def _normalize(p: Tensor) -> Tensor:
-    return p / p.sum(1, keepdim=True)
-
-
-def _add_noise(x: Tensor, sigma: float, noise: Callable) -> Tensor:
-    return x + sigma * noise()
-
-
-def _add_noise_to_logits(p: Tensor, sigma: float, noise: Callable) -> Tensor:
-    return _add_noise(p.log(), sigma, noise).softmax(1)  # log p is the logits but for a shift common to all classes
-
-
-def _round(x: Tensor, step: float, noise: Callable) -> Tensor:
-    return (x / step).round() * step
-
-
-OUTPUTS: dict[str, dict[str, Change]] = {  # output defense -> kind of model -> what it does
-    "noise": {"encoder": _add_noise, "autoencoder": _add_noise, "segmenter": _add_noise_to_logits},
-    "rounding": {"encoder": _round, "autoencoder": _round, "segmenter": _round_posteriors},
-    "top-k": {"encoder": _keep_largest, "segmenter": _keep_likeliest},
-    "temperature": {"segmenter": lambda p, temperature, noise: (p.log() / temperature).softmax(1)},
-    "argmax": {"segmenter": lambda p, _, noise: torch.zeros_like(p).scatter_(1, p.argmax(1, keepdim=True), 1.0)},
-    # Source: Segmentations-Leak (arXiv 1912.09685), defense Gauss: add, clip at 1e-6, renormalize
-    "gauss": {"segmenter": lambda p, sigma, noise: _normalize(_add_noise(p, sigma, noise).clamp_min(1e-6))},
-}
-_NEUTRAL = {"noise": 0.0, "rounding": 0.0, "gauss": 0.0, "temperature": 1.0}  # strengths that change no bit
+def change_posteriors(p: Tensor, defense: str, strength: float | None, draw: Callable[[], Tensor]) -> Tensor:
+    """Change posteriors (N, C, H, W); they sum to one before and after."""
+    if defense == "noise":  # log p is the logits but for a shift common to all classes
+        return (p.log() + strength * draw()).softmax(1)
+    if defense == "temperature":
+        return (p.log() / strength).softmax(1)
+    if defense == "argmax":
+        return torch.zeros_like(p).scatter_(1, p.argmax(1, keepdim=True), 1.0)
+    if defense == "gauss":  # Source: Segmentations-Leak (arXiv 1912.09685): add, clip at 1e-6, renormalize
+        q = (p + strength * draw()).clamp_min(1e-6)
+    elif defense == "rounding":  # a pixel whose classes all round to zero becomes uniform
+        q = (p / strength).round() * strength
+        q = torch.where(q.sum(1, keepdim=True) > 0, q, torch.ones_like(q))
+    else:
+        kept = p.topk(strength, dim=1)
+        q = torch.zeros_like(p).scatter(1, kept.indices, kept.values)
+    return q / q.sum(1, keepdim=True)
 
 
 def perturb(model: object, defense: str, strength: float | None = None, *, seed: int = 0) -> object:
@@ -82,7 +74,16 @@ def perturb(model: object, defense: str, strength: float | None = None, *, seed:
     Returns:
         A model with the same interface, and ``defense = (name, strength, seed)``. What does not fit raises ValueError.
     """
-    kind, wrapper, width = _tell_kind(model)
+    if isinstance(model, Segmenter):
+        kind, wrapper, width = "segmenter", _DefendedSegmenter, model.n_classes
+    elif isinstance(model, Encoder):
+        kind, wrapper, width = "encoder", _DefendedEncoder, model.dim
+    elif callable(getattr(model, "reconstruct", None)) and hasattr(model, "n_tokens"):
+        kind, wrapper, width = "autoencoder", _DefendedAutoencoder, 0
+    else:
+        expected = "an Encoder, a Segmenter or an autoencoder with reconstruct and n_tokens"
+        way = "encoders.wrap and segmenters.wrap make one of any callable"
+        raise ValueError(f"expected {expected}, got {type(model).__name__}: {way}")
     if defense not in OUTPUTS:
         raise ValueError(f"unknown output defense {defense!r}: expected one of {', '.join(OUTPUTS)}")
     if kind not in OUTPUTS[defense]:
@@ -91,24 +92,7 @@ def perturb(model: object, defense: str, strength: float | None = None, *, seed:
         raise ValueError(f"defense {defense!r} does not fit {article} {kind}: expected one of {fitting}")
     if getattr(model, "defense", None) is not None:
         raise ValueError(f"expected a model without output defense, got one behind {model.defense[0]!r}")
-    strength = _check_strength(defense, strength, width)
-    neutral = defense in _NEUTRAL and strength == _NEUTRAL[defense]
-    change = (lambda x, _, noise: x) if neutral else OUTPUTS[defense][kind]
-    return wrapper(model, change, (defense, strength, int(seed)))
-
-
-def _tell_kind(model: object) -> tuple[str, type, int]:
-    """Return the kind of a model, its wrapper, and how many values of it top-k could keep."""
-    if isinstance(model, Segmenter):
-        return "segmenter", _DefendedSegmenter, model.n_classes
-    if isinstance(model, Encoder):
-        return "encoder", _DefendedEncoder, model.dim
-    if callable(getattr(model, "reconstruct", None)) and hasattr(model, "n_tokens"):
-        return "autoencoder", _DefendedAutoencoder, 0
-    raise ValueError(
-        "expected an Encoder, a Segmenter or an autoencoder with reconstruct and n_tokens, got "
-        f"{type(model).__name__}: encoders.wrap and segmenters.wrap make one of any callable"
-    )
+    return wrapper(model, (defense, _check_strength(defense, strength, width), int(seed)))
 
 
 def _check_strength(defense: str, strength: float | None, width: int) -> float | int | None:
@@ -117,7 +101,7 @@ def _check_strength(defense: str, strength: float | None, width: int) -> float |
         if strength is not None:
             raise ValueError(f"argmax has no strength: expected None, got {strength!r}")
         return None
-    name = {"noise": "sigma", "gauss": "sigma", "rounding": "step", "top-k": "k"}.get(defense, defense)
+    name = _STRENGTHS[defense][0]
     if isinstance(strength, bool) or not isinstance(strength, (int, float, np.number)) or not math.isfinite(strength):
         raise ValueError(f"{defense} needs a number as strength ({name}), got {strength!r}")
     if defense == "top-k":
@@ -129,25 +113,16 @@ def _check_strength(defense: str, strength: float | None, width: int) -> float |
     return float(strength)
 
 
-def measure_scale(
-    encoder: Encoder, images: np.ndarray, *, output: str = "embed", pooling: str | None = None, batch_size: int = 256
-) -> float:
-    """Measure how widely an encoder's outputs vary, to express the sigma of noise in standard deviations.
+def measure_scale(encoder: Encoder, images: np.ndarray, *, batch_size: int = 256) -> float:
+    """Standard deviation of an encoder's vectors over images (N, H, W, 3) uint8: a unit for the sigma of noise.
 
-    Args:
-        images: (N, H, W, 3) uint8, at least 2.
-        output: ``"embed"`` (pooled by ``pooling``) or ``"tokens"``.
-
-    Returns:
-        Standard deviation over the images, root mean square over the dimensions.
+    Root mean square over the dimensions.
     """
-    if output not in ("embed", "tokens") or len(images) < 2:
-        raise ValueError(f"expected output 'embed' or 'tokens' and 2 images, got {output!r} and {len(images)}")
-    query = encoder.tokens if output == "tokens" else lambda x: encoder.embed(x, pooling)
+    if len(images) < 2:
+        raise ValueError(f"expected at least 2 images, got {len(images)}")
     batches = (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
     with torch.inference_mode():
-        pixels = (views.read_pixels(images, rows).contiguous().float().div_(255) for rows in batches)
-        parts = [query(x).flatten(0, -2).double().cpu() for x in pixels]
+        parts = [encoder.embed(views.read_floats(images, rows)).double().cpu() for rows in batches]
     return float(torch.cat(parts).var(dim=0).mean().sqrt())
 
 
@@ -159,12 +134,14 @@ def _hash_rows(batch: Tensor) -> list[str]:
 class _Defended:
     """What the wrappers share: the model behind them, whose methods they have, and noise keyed by its input."""
 
-    def __init__(self, model: object, change: Change, defense: tuple):
-        vars(self).update(vars(model) | {"_behind": model, "_change": change, "defense": defense})
+    def __init__(self, model: object, defense: tuple[str, float | None, int]):
+        vars(self).update(vars(model) | {"_behind": model, "defense": defense})
 
     def _perturb(self, x: Tensor, images: Tensor, output: str, masks: Tensor | None = None) -> Tensor:
         """Change the outputs (N, ...) for images (N, ...), or (N M, ...) for each image under its M masks (N M, L)."""
         name, strength, seed = self.defense
+        if strength is not None and strength == _STRENGTHS[name][1]:
+            return x
 
         def draw() -> Tensor:
             keys = _hash_rows(images.float())
@@ -176,7 +153,8 @@ class _Defended:
                 seeds.rng(seed, "defense", name, output, key).standard_normal(out=row, dtype=np.float32)
             return torch.from_numpy(made).to(x.device)
 
-        return self._change(x, strength, draw)
+        change = change_posteriors if output == "posteriors" else change_vectors
+        return change(x, name, strength, draw)
 
     def to(self, device: str | torch.device):
         self._behind.to(device)
@@ -201,11 +179,11 @@ class _DefendedSegmenter(_Defended, Segmenter):
 class _DefendedAutoencoder(_Defended, nn.Module):
     """Perturbs reconstructions; everything else is that of the autoencoder behind it."""
 
-    def __init__(self, autoencoder: object, change: Change, defense: tuple):
+    def __init__(self, autoencoder: object, defense: tuple[str, float | None, int]):
         nn.Module.__init__(self)
         if isinstance(autoencoder, nn.Module):
             self.module = autoencoder  # its weights are this module's: device, eval mode and fingerprint see them
-        vars(self).update({"_behind": autoencoder, "_change": change, "defense": defense})
+        vars(self).update({"_behind": autoencoder, "defense": defense})
 
     def __getattr__(self, name: str):
         try:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mia_utils.models import checkpoints, layouts, views, wrapping
-from mia_utils.models.encoders import HALF
+from mia_utils.models.backbones import first_line
+from mia_utils.models.encoders import HALF, NONE, ONE, check_pixels
 
 VOID = 255
 MULTIPLE = 32  # the networks halve an image five times: others are padded at the right and bottom, outputs cut back
@@ -40,8 +41,6 @@ class Segmenter:
     """A segmenter as the attacks see it.
 
     Attributes:
-        name: what to call it in tables.
-        n_classes: C.
         method, arch: network (a key of ``ARCHS``) and encoder, ``None`` when unknown.
         size: (height, width) it was trained at, or ``None``; images of any size may be queried.
         outputs: ``"logits"`` or ``"posteriors"``: what the wrapped model gives (``"auto"`` until the first answer).
@@ -72,34 +71,28 @@ class Segmenter:
 
         Returns (N, C, H, W) float32, sums to one over C; outputs on a coarser grid are scaled up (bilinear).
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"expected float images (N, 3, H, W) in [0, 1], got {tuple(images.shape)} {images.dtype}")
-        x = (images.to(self.device) - self._mean.to(self.device)) / self._std.to(self.device)
-        answer = self._forward(pad(x, self._multiple))
+        check_pixels(images)
+        x = pad((images.to(self.device) - self._mean.to(self.device)) / self._std.to(self.device), self._multiple)
+        answer, expected = self._forward(x), f"(N, C, H, W) = ({len(x)}, {self.n_classes}, ...)"
         try:
-            out = wrapping.unpack_tensor(answer, ("out", "logits"))
+            out = wrapping.unpack_tensor(answer, ("out", "logits")).float()
         except ValueError:
             raise ValueError(f"{self.name}: expected a tensor (N, C, H, W), got {type(answer).__name__}") from None
-        if out.ndim != 4 or len(out) != len(x) or out.shape[1] != self.n_classes:
-            expected = f"(N, C, H, W) = ({len(x)}, {self.n_classes}, ...)"
+        if out.ndim != 4 or out.shape[:2] != (len(x), self.n_classes):
             raise ValueError(f"{self.name}: expected {expected}, got {tuple(out.shape)}")
-        out = out.float()
         if not torch.isfinite(out).all():
             raise ValueError(f"{self.name} gave values that are not finite for images of {tuple(images.shape)}")
-        padded = [-(-side // self._multiple) * self._multiple for side in x.shape[2:]]
-        if list(out.shape[2:]) != padded:
-            out = F.interpolate(out, size=padded, mode="bilinear", align_corners=False)
-        out = out[:, :, : x.shape[2], : x.shape[3]]
+        if out.shape[2:] != x.shape[2:]:
+            out = F.interpolate(out, size=x.shape[2:], mode="bilinear", align_corners=False)
+        out = out[:, :, : images.shape[2], : images.shape[3]]
         looks_normalized = bool((out >= -1e-4).all() and ((out.sum(1) - 1).abs() < 1e-2).all())
         if self.outputs == "auto" and len(out):
             self.outputs = "posteriors" if looks_normalized else "logits"  # decided once, then kept
         if self.outputs != "posteriors":
             return out.softmax(1)
         if not looks_normalized:
-            raise ValueError(
-                f"{self.name}: expected posteriors that sum to one, got values from {float(out.min()):.3g} to "
-                f"{float(out.max()):.3g}: wrap it with outputs='logits'"
-            )
+            got = f"values from {float(out.min()):.3g} to {float(out.max()):.3g}: wrap it with outputs='logits'"
+            raise ValueError(f"{self.name}: expected posteriors that sum to one, got {got}")
         return out.clamp_min(0) / out.clamp_min(0).sum(1, keepdim=True)
 
     def to(self, device: str | torch.device) -> Segmenter:
@@ -121,44 +114,33 @@ def pad(x: Tensor, multiple: int) -> Tensor:
 
 
 def wrap(
-    model: Callable[[Tensor], Any], *, n_classes: int, mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0), outputs: str = "auto", multiple: int = 1, name: str = "wrapped",
+    model: Callable[[Tensor], Any], *, n_classes: int, mean: Sequence[float] = NONE, std: Sequence[float] = ONE,
+    outputs: str = "auto", multiple: int = 1, name: str = "wrapped",
 ) -> Segmenter:  # fmt: skip
     """Make a Segmenter of anything callable; a module is put into eval mode.
 
     Args:
         model: normalized images (N, 3, H, W) -> (N, C, h, w) logits or posteriors; also ``{"out": ...}``, a tuple
             that begins with them, or an object with ``.logits``.
-        n_classes: C.
         mean, std: normalization applied to images in [0, 1] before the call.
         outputs: ``"logits"``, ``"posteriors"``, or ``"auto"``: told from the first answer, then kept.
         multiple: pad images to a multiple of this many pixels (and cut the output back).
-        name: what to call it in tables.
     """
     if not callable(model):
         raise ValueError(f"expected a module or function of images, got {type(model).__name__}")
-    module = model.eval() if isinstance(model, nn.Module) else None
-    return Segmenter(
-        model, n_classes=n_classes, name=name, mean=mean, std=std, outputs=outputs, multiple=multiple, module=module
-    )
+    facts = dict(n_classes=n_classes, name=name, mean=mean, std=std, outputs=outputs, multiple=multiple)
+    return Segmenter(model, module=model.eval() if isinstance(model, nn.Module) else None, **facts)
 
 
 def make_network(
     arch: str, n_classes: int, *, encoder: str = ENCODER, seed: int = 0, norm: str = "batch", **options: Any
 ) -> nn.Module:
-    """Build a network with fresh weights from a private random stream.
+    """Build a network (N, 3, H, W) -> (N, C, H, W) logits of a private random stream; H and W are multiples of 32.
 
     Args:
-        arch: a key of ``ARCHS``.
-        n_classes: C.
         encoder: convolutional encoder: a name of segmentation-models-pytorch, else a timm name.
-        seed: of the weights.
-        norm: ``"batch"``, or ``"group"``: every batch norm replaced, so that no image sees its batch mates (private
-            training).
+        norm: ``"batch"``, or ``"group"``: no image sees its batch mates (private training).
         options: keyword arguments of the network, for example ``decoder_channels``.
-
-    Returns:
-        Module (N, 3, H, W) -> (N, C, H, W) logits; H and W multiples of 32.
     """
     import segmentation_models_pytorch as smp  # four seconds of imports, only where a network is built
 
@@ -166,12 +148,12 @@ def make_network(
         raise ValueError(f"unknown segmenter {arch!r}: expected one of {', '.join(ARCHS)}")
     if norm not in ("batch", "group"):
         raise ValueError(f"expected norm 'batch' or 'group', got {norm!r}")
-    class_name, defaults = ARCHS[arch]
+    network, defaults = getattr(smp, ARCHS[arch][0]), ARCHS[arch][1]
     name = encoder if encoder in smp.encoders.encoders or encoder.startswith("tu-") else f"tu-{encoder}"
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     # the library swallows names it does not know
     ours = {"self", "kwargs", "encoder_name", "encoder_weights", "classes", "in_channels", "activation", "aux_params"}
-    known = set(inspect.signature(getattr(smp, class_name).__init__).parameters) - ours
+    known = set(inspect.signature(network.__init__).parameters) - ours
     if unknown := sorted(set(options) - known):
         raise ValueError(f"{arch} takes no option {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
     settings = defaults | options | {"encoder_name": name, "encoder_weights": None, "classes": n_classes}
@@ -179,14 +161,11 @@ def make_network(
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
-            network = getattr(smp, class_name)(**settings)
+            built = network(**settings)
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-            raise ValueError(
-                f"no {arch} on encoder {encoder!r} ({reason}): expected a convolutional encoder such as {ENCODER} and "
-                "options of segmentation-models-pytorch"
-            ) from None
-    return _replace_batch_norm(network) if norm == "group" else network
+            way = f"a convolutional encoder such as {ENCODER} and options of segmentation-models-pytorch"
+            raise ValueError(f"no {arch} on encoder {encoder!r} ({first_line(error)}): expected {way}") from None
+    return _replace_batch_norm(built) if norm == "group" else built
 
 
 def _replace_batch_norm(network: nn.Module) -> nn.Module:
@@ -207,10 +186,9 @@ def from_module(
     size: Sequence[int] | None = None, options: dict[str, Any] | None = None,
 ) -> Segmenter:  # fmt: skip
     """Make a Segmenter of a network of :func:`make_network`, in eval mode."""
-    size = tuple(map(int, size)) if size is not None else None
     return Segmenter(
         module.eval(), n_classes=n_classes, name=name or method, mean=HALF, std=HALF, multiple=MULTIPLE, method=method,
-        arch=arch, size=size, module=module, options=options,
+        arch=arch, size=None if size is None else tuple(map(int, size)), module=module, options=options,
     )  # fmt: skip
 
 
@@ -224,7 +202,7 @@ def make(
     return from_module(module, method=arch, arch=encoder, **facts)
 
 
-# ---------------------------------------------------------------------------------------------- weights on disk
+_SAVED = ("method", "arch", "n_classes", "size", "options", "name")
 
 
 def save(segmenter: Segmenter, path: str | Path) -> Path:
@@ -232,9 +210,7 @@ def save(segmenter: Segmenter, path: str | Path) -> Path:
     if segmenter.module is None or segmenter.method not in ARCHS:
         raise ValueError(f"{segmenter.name}: only networks of {', '.join(ARCHS)} can be saved, wrapped ones can not")
     state = {key: value.detach().cpu().contiguous() for key, value in segmenter.module.state_dict().items()}
-    facts = {"method": segmenter.method, "arch": segmenter.arch, "n_classes": segmenter.n_classes}
-    facts |= {"size": segmenter.size, "options": segmenter.options, "name": segmenter.name}
-    save_file(state, str(path), metadata={key: json.dumps(value) for key, value in facts.items()})
+    save_file(state, str(path), metadata={key: json.dumps(getattr(segmenter, key)) for key in _SAVED})
     return Path(path)
 
 
@@ -243,10 +219,9 @@ def load(path: str | Path) -> Segmenter:
     path = Path(path) / "segmenter.safetensors" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
+    state, header = checkpoints.read_safetensors(path)
     try:
-        state, header = checkpoints.read_safetensors(path)
-        header = {key: json.loads(value) for key, value in header.items()}
-        facts = {key: header[key] for key in ("method", "arch", "n_classes", "size", "options", "name")}
+        facts = {key: json.loads(header[key]) for key in _SAVED}
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is no readable segmenter file ({error})") from None
     except KeyError as error:
@@ -257,17 +232,13 @@ def load(path: str | Path) -> Segmenter:
 
 
 def measure_iou(segmenter: Segmenter, images: np.ndarray, masks: np.ndarray, *, batch_size: int = 16) -> dict[str, Any]:
-    """Measure how well a segmenter does its job.
-
-    Args:
-        segmenter: has ``posteriors`` and ``n_classes``.
-        images, masks: (N, H, W, 3) and (N, H, W) uint8, void 255.
+    """Measure how well a segmenter does its job on images (N, H, W, 3) and masks (N, H, W) uint8, void 255.
 
     Returns:
         dict: ``miou`` (mean intersection over union of the classes that occur), ``pixel_accuracy``, both in [0, 1], and
         ``iou`` (C,) float, NaN for classes that occur neither in the labels nor in the predictions.
     """
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex  # seconds to import
 
     if len(images) == 0 or np.shape(masks) != np.shape(images)[:3]:
         raise ValueError(f"expected masks {np.shape(images)[:3]} for the images, got {np.shape(masks)}")
@@ -278,15 +249,11 @@ def measure_iou(segmenter: Segmenter, images: np.ndarray, masks: np.ndarray, *, 
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            x = views.read_pixels(images, rows).contiguous().float().div_(255)
-            predicted = segmenter.posteriors(x).argmax(1).cpu()
+            predicted = segmenter.posteriors(views.read_floats(images, rows)).argmax(1).cpu()
             truth = torch.from_numpy(np.asarray(masks[rows])).long()
             jaccard.update(predicted, truth)
             accuracy.update(predicted, truth)
     iou = jaccard.compute().numpy().astype(float)
     present = iou[~np.isnan(iou)]
-    return {
-        "miou": float(present.mean()) if len(present) else float("nan"),
-        "pixel_accuracy": float(accuracy.compute()),
-        "iou": iou,
-    }
+    miou = float(present.mean()) if len(present) else float("nan")
+    return {"miou": miou, "pixel_accuracy": float(accuracy.compute()), "iou": iou}

@@ -6,8 +6,10 @@ A crop with antialiased bicubic resizing is linear in the image, so all crops of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop
 
 
 def _draw_tries(rng: np.random.Generator, n: int, scale: Range, ratio: Range) -> tuple[np.ndarray, ...]:
-    """Draw share, log_ratio and shift of n boxes; the order is fixed, because resumed trainings repeat it."""
+    """Share, log_ratio and shift of n boxes; the order is fixed, because resumed trainings repeat it."""
     share = rng.uniform(scale[0], scale[1], (n, 10))
     return share, rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10)), rng.random((n, 2))
 
@@ -56,17 +58,10 @@ def draw_boxes(
     image_ids: Sequence[str], n: int, *, height: int, width: int, scale: Range = (0.08, 0.2), ratio: Range = RATIO,
     seed: int, stream: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Draw n random-resized-crop boxes and flips per image, from a stream keyed by the image alone.
+    """Draw n = K random-resized-crop boxes and flips per image, from a stream keyed by the image alone.
 
-    Args:
-        image_ids: N ids; an image gets the same boxes in any batch and any order.
-        n: boxes per image (K).
-        height, width: size of the images in pixels.
-        scale, ratio: ranges of the box area as a share of the image's, and of width / height.
-        seed, stream: base seed and stream name.
-
-    Returns:
-        boxes (N, K, 4) int64 as top, left, height, width, and flips (N, K) bool (probability 0.5).
+    ``scale`` and ``ratio`` are the ranges of the box's share of the area and of width / height. Returns boxes (N, K, 4)
+    int64 as top, left, height, width in pixels, and flips (N, K) bool (probability 0.5).
     """
     if n < 1 or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"expected n >= 1 and 0 < scale low <= high <= 1, got n={n}, scale={tuple(scale)}")
@@ -82,10 +77,10 @@ def draw_boxes(
 
 
 def _bicubic_weights(start: Tensor, length: Tensor, n_in: int, n_out: int, flips: Tensor | None = None) -> Tensor:
-    """Weights of antialiased bicubic resizing (a = -0.5) of [start, start + length) to n_out samples.
+    """Weights (B, n_out, n_in) of antialiased bicubic resizing (a = -0.5) of [start, start + length) to n_out samples.
 
-    Returns (B, n_out, n_in), rows sum to one, zero outside the box (cropped first, resized then); reversed where
-    ``flips`` (B,) is set. Few intervals of whole pixels differ: those of small images are kept in a table.
+    Rows sum to one, zero outside the box (cropped first, resized then); reversed where ``flips`` (B,) is set. Few
+    intervals of whole pixels differ: those of small images are kept in a table.
     """
     n_intervals = n_in * (n_in + 1)
     interval = start * (n_in + 1) + length
@@ -127,16 +122,13 @@ _LARGE = 80 * 80  # pixels of an image from which one crop after the other is fa
 def resized_crop(
     images: Tensor, boxes: Tensor, size: int, *, flips: Tensor | None = None, rounded: bool = True
 ) -> Tensor:
-    """Cut and resize K boxes of every image at once.
+    """Cut and resize K boxes of every image at once: (N, K, 3, size, size) float32 in [0, 1].
 
     Args:
         images: (N, 3, H, W) uint8, or float in [0, 1].
         boxes, flips: (N, K, 4) int64 top, left, height, width; (N, K) bool, mirrored left to right.
         size: side of the square output in pixels.
         rounded: round to 1/255 between the passes and at the end, as uint8 pipelines do (training skips it).
-
-    Returns:
-        (N, K, 3, size, size) float32 in [0, 1].
     """
     if images.ndim != 4 or boxes.ndim != 3 or boxes.shape[-1] != 4 or len(images) != len(boxes):
         raise ValueError(f"expected (N, 3, H, W) and (N, K, 4), got {tuple(images.shape)} and {tuple(boxes.shape)}")
@@ -165,7 +157,7 @@ def _find_levels(images: Tensor) -> Tensor | None:
 
 
 def _cut_large(images: Tensor, boxes: Tensor, size: int, flips: Tensor | None) -> Tensor:
-    """Crops of large images by the integer kernel that torchvision calls, one box after the other."""
+    """Crops of large uint8 images by the integer kernel that torchvision calls, one box after the other."""
     images = images.contiguous(memory_format=torch.channels_last)
     crops = torch.empty(*boxes.shape[:2], images.shape[1], size, size, dtype=torch.uint8)
     for i, rows in enumerate(boxes.tolist()):
@@ -211,17 +203,18 @@ def read_pixels(images: Any, rows: slice | np.ndarray | list[int]) -> Tensor:
     return torch.from_numpy(np.asarray(images[rows])).permute(0, 3, 1, 2)
 
 
+def read_floats(images: Any, rows: slice | np.ndarray | list[int]) -> Tensor:
+    """The same in [0, 1]."""
+    return read_pixels(images, rows).contiguous().float().div_(255)
+
+
 def make_views(
     images: Tensor, image_ids: Sequence[str], *, view: str = "resize", size: int, seed: int, stream: str = "query"
 ) -> Tensor:
-    """Make the query view of every image, (N, 3, size, size) float32 in [0, 1].
+    """Make the query view of images (N, 3, H, W), uint8 or in [0, 1]: (N, 3, size, size) float32 in [0, 1].
 
-    Args:
-        images: (N, 3, H, W) uint8, or float in [0, 1].
-        image_ids: N ids that key them.
-        view: ``"resize"`` (deterministic; the same for members and non-members) or ``"random_resized_crop"``
-            (scale (0.2, 1) and flip: what the released PartCrop code gives members only).
-        size, seed, stream: side of the output in pixels, base seed and stream name.
+    ``view`` is ``"resize"`` (deterministic; the same for members and non-members) or ``"random_resized_crop"`` (scale
+    (0.2, 1) and flip: what the released PartCrop code gives members only).
     """
     n, _, height, width = images.shape
     if view == "resize":
@@ -235,29 +228,25 @@ def make_views(
 
 
 # probabilities, and the range of the area of a crop; the same in training and in queries
+_COLORS = {"flip": 0.5, "jitter": 0.8, "gray": 0.2}
 AUGMENTATIONS = {
-    "none": {},
-    "flip": {"flip": 0.5},
-    "crop": {"scale": (0.2, 1.0), "flip": 0.5},
-    "crop-weak": {"scale": (0.5, 1.0), "flip": 0.5},
-    "simclr": {"scale": (0.2, 1.0), "flip": 0.5, "jitter": 0.8, "gray": 0.2},
-    "simclr-weak": {"scale": (0.5, 1.0), "flip": 0.5, "jitter": 0.8, "gray": 0.2},
-    "dino": {"scale": (0.5, 1.0), "flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5},
-    "dino-local": {"scale": (0.08, 0.3), "flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5},
-}
+    "none": {}, "flip": {"flip": 0.5},
+    "crop": {"scale": (0.2, 1.0), "flip": 0.5}, "crop-weak": {"scale": (0.5, 1.0), "flip": 0.5},
+    "simclr": {"scale": (0.2, 1.0), **_COLORS}, "simclr-weak": {"scale": (0.5, 1.0), **_COLORS},
+    "dino": {"scale": (0.5, 1.0), "blur": 0.5, **_COLORS},
+    "dino-local": {"scale": (0.08, 0.3), "blur": 0.5, **_COLORS},
+}  # fmt: skip
 
 
-def parse_augmentation(name: str) -> dict:
+def parse_augmentation(name: str) -> dict[str, Any]:
     """Settings of an augmentation: a name of ``AUGMENTATIONS`` or ``crop:LOW-HIGH``."""
-    if name.startswith("crop:"):
-        try:
-            low, high = (float(part) for part in name[5:].split("-"))
-        except ValueError:
-            low, high = 0.0, 0.0
-        if 0 < low <= high <= 1:
-            return {"scale": (low, high), "flip": 0.5}
-    elif name in AUGMENTATIONS:
+    if name in AUGMENTATIONS:
         return AUGMENTATIONS[name]
+    if found := re.fullmatch(r"crop:([\d.]+)-([\d.]+)", name):
+        with contextlib.suppress(ValueError):
+            low, high = map(float, found.groups())
+            if 0 < low <= high <= 1:
+                return {"scale": (low, high), "flip": 0.5}
     raise ValueError(f"unknown augmentation {name!r}: expected one of {', '.join(AUGMENTATIONS)} or crop:LOW-HIGH")
 
 
@@ -303,25 +292,18 @@ def _change(x: Tensor, picked: Tensor, change: Callable[..., Tensor], *factors: 
     rows = picked.nonzero()[:, 0]
     if not len(rows):
         return x
-    factors = [factor[rows].to(x.device) for factor in factors]
-    rows = rows.to(x.device)
+    factors, rows = [factor[rows].to(x.device) for factor in factors], rows.to(x.device)
     return x.index_copy_(0, rows, change(x.index_select(0, rows), *factors))
 
 
 def augment(
     images: Tensor, *, size: int, rng: np.random.Generator, scale: Range | None = None, **chances: float
 ) -> Tensor:
-    """Augment a training batch on its device; every image draws its own crop and factors.
+    """Augment a training batch (B, 3, H, W) uint8 on its device: (B, 3, size, size) float32 in [0, 1].
 
-    Args:
-        images: (B, 3, H, W) uint8.
-        size: side of the output in pixels.
-        rng: of this step (keyed by seed and step, so a resumed run repeats it).
-        scale: area range of the random resized crop; None: no crop.
-        chances: probabilities of flip, jitter, gray, blur, solarize per image.
-
-    Returns:
-        (B, 3, size, size) float32 in [0, 1].
+    Every image draws its own crop and factors from ``rng``, which is keyed by seed and step, so a resumed run repeats
+    it. ``scale`` is the area range of the crop (None: no crop), ``chances`` the probabilities of flip, jitter, gray,
+    blur, solarize.
     """
     b, _, height, width = images.shape
     chance, boxes = torch.from_numpy(rng.random((b, 1, _N_CHANCES), dtype=np.float32)), None
@@ -334,20 +316,11 @@ def query_views(
     images: Tensor, image_ids: Sequence[str], n: int, *, augmentation: str = "simclr", size: int, seed: int,
     stream: str = "encodermi",
 ) -> Tensor:  # fmt: skip
-    """Make n augmented query views of every image: :func:`augment`, drawn from a stream keyed by the image alone.
+    """Make n augmented query views of images (N, 3, H, W) uint8: (N, n, 3, size, size) float32 in [0, 1].
 
-    The first views are the same whatever n is, and views of different augmentations share their draws (a crop of
-    ``"simclr"`` lies where that of ``"crop"`` lies), so that sweeps over both are paired.
-
-    Args:
-        images: (N, 3, H, W) uint8.
-        image_ids: N ids; an image gets the same views in any batch and any order.
-        n: views per image (K).
-        augmentation: name of :func:`parse_augmentation`.
-        size, seed, stream: side of the output in pixels, base seed and stream name.
-
-    Returns:
-        (N, n, 3, size, size) float32 in [0, 1], not rounded to 1/255 (as in training).
+    :func:`augment`, drawn from a stream keyed by the image alone; not rounded to 1/255, as in training. The first views
+    are the same whatever n is, and augmentations share their draws (a crop of ``"simclr"`` lies where that of
+    ``"crop"`` lies), so that sweeps over both are paired.
     """
     settings = dict(parse_augmentation(augmentation))
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor, nn
 
 
-def find_modules(*functions: Callable | None) -> list[nn.Module]:
+def find_modules(*functions: Callable) -> list[nn.Module]:
     """Modules that a callable uses: itself, the owner of a bound method, what a function refers to."""
     found: dict[int, nn.Module] = {}
     for function in functions:
         while isinstance(function, functools.partial):
             function = function.func
-        owner = getattr(function, "__self__", None)
+        owner, plain = getattr(function, "__self__", None), getattr(function, "__func__", function)
         values = [function, owner, *getattr(owner, "__dict__", {}).values()]
-        plain = getattr(function, "__func__", function)
         if inspect.isfunction(plain):
             seen = inspect.getclosurevars(plain)
             values += [*seen.nonlocals.values(), *seen.globals.values()]
-        elif not isinstance(function, nn.Module):
+        else:
             values += getattr(function, "__dict__", {}).values()
         found |= {id(value): value for value in values if isinstance(value, nn.Module)}
     inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
@@ -34,33 +33,22 @@ def find_modules(*functions: Callable | None) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode inside, every part's own mode after it."""
+def evaluating(modules: Sequence[nn.Module], others: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode with the others' weights and buffers inside; every part's own mode and values after it."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
+    ours, theirs = ([v for m in side for v in (*m.parameters(), *m.buffers())] for side in (modules, others))
+    kept = [value.data for value in ours]
     try:
         for module in modules:
             module.eval()
+        for value, other in zip(ours, theirs, strict=True):
+            value.data = other.data.to(value.device, value.dtype)
         yield
     finally:
         for part, training in modes:
             part.training = training
-
-
-@contextlib.contextmanager
-def exchanged(modules: Sequence[nn.Module], others: Sequence[nn.Module]) -> Iterator[None]:
-    """The others' weights and buffers inside, the modules' own after it."""
-    pairs = []
-    for module, other in zip(modules, others, strict=True):
-        for values in ("parameters", "buffers"):
-            pairs += zip(getattr(module, values)(), getattr(other, values)(), strict=True)
-    kept = [ours.data for ours, _ in pairs]
-    try:
-        for ours, theirs in pairs:
-            ours.data = theirs.data.to(ours.device, ours.dtype)
-        yield
-    finally:
-        for (ours, _), data in zip(pairs, kept, strict=True):
-            ours.data = data
+        for value, data in zip(ours, kept, strict=True):
+            value.data = data
 
 
 def reinitialize(module: nn.Module, *, seed: int = 0) -> nn.Module:
@@ -89,32 +77,28 @@ def reinitialize(module: nn.Module, *, seed: int = 0) -> nn.Module:
 
 
 def check_outputs(function: Callable, modules: Sequence[nn.Module], shape: tuple[int, int], name: str) -> Any:
-    """Refuse outputs that are random, or of an image among others: neither says anything about the image.
-
-    Returns the function's answer for two images.
-    """
+    """Refuse outputs that are random, or of an image among others; returns the answer for two images."""
     weights = next((p for m in modules for p in m.parameters() if p.is_floating_point()), torch.zeros(0))
     x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0)).to(weights.device, weights.dtype)
-    with torch.inference_mode(), evaluating(modules), torch.random.fork_rng():
+    with torch.inference_mode(), evaluating(modules, modules), torch.random.fork_rng():
         answers = [function(x[:rows]) for rows in (2, 2, 1)]
     first, again, alone = (unpack_tensor(answer, (*_VECTORS, *_TOKENS)) for answer in answers)
-    scale = float(first.float().abs().max()) or 1.0
-    by_row = first.ndim > 0 and alone.ndim > 0 and first[:1].shape == alone.shape
-    if first.shape != again.shape or not _agree(first, again, scale):
+    off = 0.02 * (float(first.float().abs().max()) or 1.0)  # half precision and other kernels stay far below
+
+    def agree(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and bool(((a - b).float().abs() <= off).all())
+
+    if not agree(first, again):
         raise ValueError(
             f"{name}: two calls on the same images differ: random masking (encode without a mask; encoders.open reads "
             "ViTMAE folders) or dropout (put the module into eval mode)"
         )
-    if not by_row or not _agree(first[:1], alone, scale):
+    if first.ndim == 0 or not agree(first[:1], alone):
         raise ValueError(
             f"{name}: the output for an image depends on the others of its batch: expected one row for each image; "
             "batch norm in training mode? Put the module into eval mode"
         )
     return answers[0]
-
-
-def _agree(a: Tensor, b: Tensor, scale: float) -> bool:
-    return bool(((a - b).float().abs() <= 0.02 * scale).all())  # half precision and other kernels stay far below
 
 
 _VECTORS = ("pooler_output", "image_embeds", "embeddings", "embedding", "features", "x_norm_clstoken")
@@ -123,19 +107,16 @@ _TOKENS = ("last_hidden_state", "x_norm_patchtokens", "feature_maps", "features"
 
 def unpack_tensor(answer: Any, keys: Sequence[str]) -> Tensor:
     """Find the tensor in what common libraries return: a tensor, (tensor, ...), a dict, an output of transformers."""
-    if isinstance(answer, Tensor):
-        return answer
-    for key in keys:
-        value = answer.get(key) if isinstance(answer, Mapping) else getattr(answer, key, None)
-        if isinstance(value, Tensor):
-            return value
-    if isinstance(answer, (tuple, list)) and answer and isinstance(answer[0], Tensor):
-        return answer[0]
-    there = f" with {', '.join(map(str, list(answer)[:6]))}" if isinstance(answer, Mapping) else ""
-    raise ValueError(
-        f"expected a tensor, or an output with {', '.join(keys[:2])}, got {type(answer).__name__}{there}: pass a "
-        "function that returns the tensor, as in encoders.wrap(lambda x: model(x)['features'], size=...)"
-    )
+    named = answer if isinstance(answer, Mapping) else {key: getattr(answer, key, None) for key in keys}
+    values = [answer, *map(named.get, keys), *(answer[:1] if isinstance(answer, (tuple, list)) else ())]
+    found = next((value for value in values if isinstance(value, Tensor)), None)
+    if found is None:
+        there = f" with {', '.join(map(str, list(answer)[:6]))}" if isinstance(answer, Mapping) else ""
+        raise ValueError(
+            f"expected a tensor, or an output with {', '.join(keys[:2])}, got {type(answer).__name__}{there}: pass a "
+            "function that returns the tensor, as in encoders.wrap(lambda x: model(x)['features'], size=...)"
+        )
+    return found
 
 
 def unpack_vector(answer: Any) -> Tensor:
@@ -161,8 +142,8 @@ def unpack_tokens(answer: Any, x: Tensor, patch: int | Sequence[int] | None) -> 
         return out
     length = out.shape[1]
     if patch is not None:
-        sides = (patch, patch) if isinstance(patch, int) else patch
-        n_before = length - (x.shape[2] // sides[0]) * (x.shape[3] // sides[1])
+        height, width = (patch, patch) if isinstance(patch, int) else patch
+        n_before = length - (x.shape[2] // height) * (x.shape[3] // width)
     else:
         n_before = int(math.isqrt(length) ** 2 != length and math.isqrt(length - 1) ** 2 == length - 1)
     return out[:, max(n_before, 0) :]
