@@ -1,8 +1,7 @@
 """What was computed once is found again: folders named after what they are, with a ``meta.json``.
 
-Identity is what a result depends on (kind, parameters, seed, data, RECIPE of the stage) and nothing else. Commit,
-versions, device and seconds are provenance: recorded, never compared. ``meta.json`` keeps a digest of every file, which
-is compared before the file is believed. Nothing here imports torch.
+Identity is what a result depends on (kind, parameters, seed, data, RECIPE of the stage). Commit, versions, device and
+seconds are provenance: recorded, never compared. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -53,10 +52,9 @@ def name_of(spec: dict[str, Any]) -> str:
 
 
 def find(spec: dict[str, Any], *, whole: bool = False) -> Path | None:
-    """Return the folder of a finished artifact from the search path, None when it has to be made.
+    """Return the folder of a finished artifact, None when it has to be made; a damaged one of hours is an error.
 
-    A damaged one of hours of work is an error of one line; another is passed over. The bytes of files are compared
-    only where the artifact has to be ``whole``, and where they are read: see ``verify``.
+    The bytes of files are compared only where the artifact has to be ``whole``, and where they are read (``verify``).
     """
     for path in [folder / name_of(spec) for folder in paths.get_artifact_dirs()]:
         if not (path / "meta.json").is_file():
@@ -143,8 +141,7 @@ def get_work_dir(spec: dict[str, Any]) -> Path:
 def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | None], *, wait: float = -1) -> Path:
     """Return the artifact of a spec, verified; make it when there is none, or when it is damaged and quickly made.
 
-    A killed or doubled run leaves nothing half-written: the folder is filled under another name, under a lock, and
-    renamed. A folder that can't be written, or a wait that ended, is a ValueError.
+    A killed or doubled run leaves nothing half-written: the folder is filled under another name and lock, and renamed.
 
     Args:
         spec: ``kind``, an optional ``readable`` part of the name, and everything the result depends on.
@@ -211,10 +208,9 @@ def hold(name: str, *, wait: float = -1) -> Iterator[FileLock]:
 
 
 def fingerprint_data(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Identify a data set without reading its pixels.
+    """Identify a data set without its pixels: by recipe, check sums in a zip directory, or names and sizes of files.
 
-    Generated scenes: their RECIPE and arguments. A cache ``<name>.npz``: the check sums in its zip directory. A
-    folder: names and sizes of its files. Nothing yet: None, so that a plan can be made before the download.
+    Where there is nothing yet, the content is None, so that a plan can be made before the download.
     """
     source, size, content = name.partition("@")[0], arguments.get("size"), None  # NAME@SPACE: the same file
     if name.startswith("scenes"):

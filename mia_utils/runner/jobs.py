@@ -65,8 +65,7 @@ def run_module(arguments: list[str], log: Path) -> dict[str, Any]:
 def run_notebook(source: Path, executed: Path, parameters: dict[str, Any], log: Path) -> dict[str, Any]:
     """Execute a notebook in a kernel of this very environment; the executed copy is written after a failure, too.
 
-    Returns ``ok``; ``finding``, the line the notebook ended with; after a failure ``section`` (the last heading above
-    the failing cell) and ``message``.
+    Returns ``ok``, ``finding`` (the line it ended with), ``message`` and ``section`` of a failure.
     """
     import logging
 

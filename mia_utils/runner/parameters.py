@@ -17,10 +17,9 @@ def find_notebooks() -> dict[str, Path]:
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """Read the defaults of a notebook's ``parameters`` cell without running it, name -> default in order.
+    """Read the defaults of a notebook's ``parameters`` cell (plain literals) without running it, name -> default.
 
-    Plain literals only: papermill's own reader drops annotated lines and stumbles over ``#``. No tagged cell, or a line
-    that is not ``name = literal``, is a ValueError of one line.
+    Papermill's own reader drops annotated lines and stumbles over ``#``.
     """
     where, defaults = f"notebooks/{path.name}:", {}
     try:
@@ -45,10 +44,9 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def merge_parameters(profile: Profile, notebook: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters a notebook is run with: its defaults, the profile's name and the profile's overrides.
+    """Return the parameters a notebook is run with: its defaults (they decide names and types) and the overrides.
 
-    ``defaults`` of ``read_parameters`` decide names and types. Another parameter, another type, or a model that the
-    profile does not have is a ValueError.
+    A model that the profile does not have is a ValueError, too.
     """
     section = f"profiles/{profile.name}.yaml: notebooks: {notebook}"
     merged = defaults | ({"profile": profile.name} if "profile" in defaults else {})

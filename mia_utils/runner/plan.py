@@ -115,9 +115,9 @@ def select_notebooks(profile: Profile, wanted: list[str]) -> dict[str, tuple[Pat
 
 
 def find_missing_datasets(profile: Profile) -> dict[str, str]:
-    """Return the data sets of a profile that are neither here nor can be downloaded: name -> what was looked for.
+    """Return the data sets that can't be had, name -> what was looked for; an unknown name is a ValueError.
 
-    A name that no one knows is a ValueError: a misspelt one must not skip its rows in silence.
+    A misspelt one must not skip its rows in silence.
     """
     missing, known = {}, (*GENERATED, *DOWNLOADED, *PLACED)
     for name in profile.datasets:
@@ -161,9 +161,7 @@ def check_archs(rows: list[Row]) -> None:
 def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = False) -> Plan:
     """Check a profile with everything it names, and find out what is left to do; nothing is started or written.
 
-    Args:
-        wanted: notebook numbers; empty or ``None`` means all notebooks and all rows.
-        strict: a missing data set is an error.
+    ``wanted`` are notebook numbers (none: all notebooks and rows); with ``strict`` a missing data set is an error.
     """
     profile = profiles.load(name)
     plan = Plan(profile, select_notebooks(profile, wanted or []), skipped=find_missing_datasets(profile))

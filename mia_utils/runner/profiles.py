@@ -68,7 +68,6 @@ class Row(BaseModel):
         role: a target and its shadow share the split (n_train and seed).
         study: which question asks for the row: ``main`` rows are attacked throughout the book, others by one notebook.
         n_train: number of members, the only images the model is trained on.
-        defense: what it is trained with against membership inference, a key of ``STRENGTHS``.
     """
 
     model_config = choices.STRICT
@@ -170,10 +169,10 @@ def load(name: str) -> Profile:
 
 @functools.lru_cache(8)  # what reads 300 rows takes .15 s, and a replay reads them in every notebook
 def parse(text: str, *, source: str, name: str | None = None) -> Profile:
-    """Check the text of a profile; a wrong entry is a ValueError of one line ``<source>: <section>: <key>: ...``.
+    """Check the text of a profile, which must carry ``name``; a wrong entry is ``<source>: <section>: <key>: ...``.
 
     ``defaults:`` holds fields that every row inherits, and under the name of a method fields of that method's rows; the
-    nearest wins, ``options`` as a whole. ``name`` is the name that the profile must carry.
+    nearest wins, ``options`` as a whole.
     """
     values: Any = None
     try:

@@ -1,8 +1,7 @@
 """Train the models of a profile: ``python -m mia_utils.runner.train PROFILE MODEL_ID [MODEL_ID ...]``.
 
-One row is one job: it finds its artifact or makes it, goes on inside a training that was killed, and writes the very
-folder that the notebooks look for. ``torchrun --nproc-per-node N -m mia_utils.runner.train PROFILE MODEL_ID`` trains
-a row on N GPUs, or in N processes on the CPU, to the same artifact: a batch stays as large as the row says.
+A row finds its artifact or makes it, and goes on inside a training that was killed. With ``torchrun --nproc-per-node N
+-m`` in front, N GPUs or processes make the same artifact: a batch stays as large as the row says.
 """
 
 from __future__ import annotations
@@ -52,10 +51,7 @@ def draw_split(profile: Profile, row: Row, pool: Pool) -> Split:
 
 
 def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict[str, float]:
-    """Measure accuracy in [0, 1] on images outside all four roles: ``knn`` (20 neighbors, cosine) and linear ``probe``.
-
-    Empty when fewer than 50 such images are left.
-    """
+    """Measure accuracy of 20 nearest neighbors and a linear probe outside all four roles; empty below 50 images."""
     import torch
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
