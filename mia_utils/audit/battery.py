@@ -1,11 +1,9 @@
 """The attacks of an audit, and one p-value for all of them.
 
-An audit that tries many attacks and reports the best finds leaks everywhere. So the p-value is that of the *maximum*:
-sides are assigned anew at random, every attack runs again on every assignment, and the largest standardized AUC is
-compared (Westfall and Young 1993). It is exact whatever the attacks are, given two things: suspected and reference
-images are exchangeable where nothing leaks, and what an image scores depends on its pixels alone, never on its side,
-name or place. Attackers that train are trained anew for every assignment; kernel ridge regression is linear in the
-labels, so 10,000 trainings are one matrix product.
+Sides are assigned anew at random, every attack runs again on every assignment, and the *largest* standardized AUC is
+compared (Westfall and Young 1993). Exact whatever the attacks are, if suspected and reference images are exchangeable
+where nothing leaks, and a score depends on the pixels alone, never on side, name or place. Attackers that train are
+trained anew every time: kernel ridge regression is linear in the labels, so 10,000 trainings are one matrix product.
 """
 
 from __future__ import annotations

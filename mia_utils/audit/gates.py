@@ -187,11 +187,8 @@ def convolve_randomly(images: np.ndarray, n: int = 64, seed: int = 0) -> np.ndar
 def compare_pixels(
     images: np.ndarray, image_ids: np.ndarray, is_member: np.ndarray, units: np.ndarray, *, level: float, seed: int
 ) -> tuple[Gate, Result, intervals.Control]:
-    """Try to tell the two sets apart by their pixels alone.
-
-    Returns the gate, the scores of the no-model control (a kernel classifier on all statistics), and the control as
-    ``intervals.decide`` takes it.
-    """
+    """Try to tell the two sets apart by their pixels alone: the gate, the scores of the no-model control (a kernel
+    classifier on all statistics), and the control as ``intervals.decide`` takes it."""
     fold = battery.assign_folds(is_member, units, seed)
     named = describe_pixels(images)
     every = np.concatenate([controls.extract_statistics(np.asarray(images)), np.stack(list(named.values()), 1)], axis=1)

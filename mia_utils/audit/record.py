@@ -26,7 +26,7 @@ from mia_utils.protocol import intervals
 from mia_utils.protocol.intervals import Control, format_auc, format_interval
 from mia_utils.protocol.result import Result
 
-NOTHING, BAD_INPUT, LEAK, INVALID, INCONCLUSIVE = 0, 2, 3, 4, 5
+NOTHING, LEAK, INVALID, INCONCLUSIVE = 0, 3, 4, 5
 ENOUGH = 0.75  # "nothing found" needs the power to see this AUC; with less the audit is inconclusive
 PRIORS = (0.01, 0.1, 0.5)
 SHOWN = 8  # images at each end of the ranking
@@ -96,7 +96,7 @@ class Report:
 
     @property
     def p_value(self) -> float:
-        """One two-sided p-value for all attacks tried."""
+        """One two-sided p-value for all attacks tried; NaN where none was."""
         return self.found.p if self.found else float("nan")
 
     @property
