@@ -190,7 +190,7 @@ def compute_log_likeness(features: np.ndarray) -> np.ndarray:
 
 def train_decoder(
     encoder: Encoder, images: np.ndarray, *, epochs: int, seed: int = 0, method: str | None = None, **settings: object
-) -> pretrain.Run:
+) -> "pretrain.Run":  # not evaluated: audits run without what trains
     """Train the attacker's decoder over a frozen encoder; ``.decoder`` of the run is an autoencoder.
 
     The encoder is a timm ViT of any training or a Swin; images (N, H, W, 3) uint8 are the attacker's own. ``method``
