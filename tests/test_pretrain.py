@@ -4,12 +4,14 @@ import resource
 
 import numpy as np
 import pytest
+import timm.layers
 import torch
 from lightly.models.utils import patchify, unpatchify
 
 from mia_utils import pretrain
 from mia_utils.datasets import scenes
-from mia_utils.pretrain import mae, moco
+from mia_utils.models import speed
+from mia_utils.pretrain import mae, moco, simclr
 from mia_utils.pretrain import run as run_module
 
 TINY = dict(arch="vit_nano_patch8_32", progress=False)
@@ -214,6 +216,29 @@ def test_the_same_seed_repeats_and_the_global_state_is_left_alone(pictures):
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(runs[0].states[2][key], runs[1].states[2][key])
     assert not torch.equal(runs[0].states[2][key], runs[2].states[2][key])
+
+
+@pytest.mark.parametrize(("name", "cls"), [("mae", mae.MAE), ("simclr", simclr.SimCLR)])
+def test_fast_products_train_by_the_same_losses(pictures, monkeypatch, name, cls):
+    """Measured in the steps: in eval mode SimCLR's batch norm shows a bias that training never feels (3e-4)."""
+    before, fused = torch.get_float32_matmul_precision(), bool(timm.layers.config.use_fused_attn())
+    losses, compute = [], cls.loss
+
+    def loss(self, *arguments, **settings):
+        losses.append(compute(self, *arguments, **settings))
+        return losses[-1]
+
+    monkeypatch.setattr(cls, "loss", loss)
+    settings = dict(epochs=4, batch_size=16, **TINY)
+    try:
+        pretrain.fit(name, pictures[0][:48], **settings)
+        speed.use_fast_products()
+        pretrain.fit(name, pictures[0][:48], **settings)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        timm.layers.set_fused_attn(fused)
+    plain, fast = np.reshape([float(x.detach()) for x in losses if x.requires_grad], (2, 12))
+    np.testing.assert_allclose(fast, plain, rtol=1e-5)
 
 
 def test_drop_path_repeats_with_the_seed_too(pictures):
