@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from mia_utils import attacks, datasets
 from mia_utils.attacks import mim
-from mia_utils.attacks.reference import KINDS, calibrate
+from mia_utils.attacks.reference import calibrate
 from mia_utils.models import encoders
 from mia_utils.protocol import splits
 
@@ -23,42 +23,74 @@ N, R = 30, 6
 @pytest.fixture(scope="module")
 def toy():
     rng = np.random.default_rng(0)
+    inside = np.zeros((R, N), bool)
+    for i in range(N):
+        inside[rng.permutation(R)[:3], i] = True
     hard = rng.normal(0, 2, N)
-    return hard + rng.normal(0, 0.5, N), hard + rng.normal(0, 0.5, (R, N))
+    refs = hard + inside * 1.0 + rng.normal(0, 0.5, (R, N))
+    return hard + rng.normal(0, 0.5, N), refs, inside
 
 
-def compute_slowly(s, refs, kind):
+def compute_slowly(s, refs, inside, kind, variance="global", gamma=1.0, strength=4.0):
     """One image, one reference, one pair at a time."""
     n_refs, n = refs.shape
-    of = [[refs[k, i] for k in range(n_refs)] for i in range(n)]
-    means, dof = [statistics.fmean(v) for v in of], n_refs - 1
-    squares = [sum((x - mean) ** 2 for x in v) for v, mean in zip(of, means, strict=True)]
-    common = sum(squares) / (n * dof)
-    ratios = [s[i] - math.log(statistics.fmean(math.exp(x) for x in of[i])) for i in range(n)]
+    online = inside is not None
+    inside = inside if online else np.zeros(refs.shape, bool)
+    sides = [[[refs[k, i] for k in range(n_refs) if inside[k, i] == side] for i in range(n)] for side in (0, 1)]
+
+    def pool(side):
+        squares = [(x - statistics.fmean(v)) ** 2 for v in side for x in v]
+        return sum(squares) / sum(len(v) - 1 for v in side)
+
+    def density(i, side):
+        v, common = side[i], pool(side)
+        mean, dof, squares = statistics.fmean(v), len(v) - 1, sum((x - statistics.fmean(v)) ** 2 for x in v)
+        if kind == "bayes":
+            scale = math.sqrt((strength * common + squares) / (strength + dof) * (1 + 1 / len(v)))
+            return stats.t(strength + dof, mean, scale)
+        return stats.norm(mean, math.sqrt(common if variance == "global" else squares / dof))
+
+    def log_mean_exp(v):
+        return math.log(statistics.fmean(math.exp(x) for x in v))
+
+    def ratio(i):
+        ps = [math.exp(log_mean_exp(side[i])) for side in sides[: 1 + online]]
+        return s[i] - math.log(statistics.fmean(ps))
+
     out = []
     for i in range(n):
         if kind == "log-ratio":
-            out.append(s[i] - means[i])
+            out.append(s[i] - statistics.fmean(sides[0][i]))
+        elif kind == "midpoint":
+            out.append(s[i] - (statistics.fmean(sides[0][i]) + statistics.fmean(sides[1][i])) / 2)
         elif kind == "rmia":
-            out.append(sum(ratios[i] >= other for other in ratios) / n)
+            out.append(sum(math.exp(ratio(i) - ratio(j)) >= gamma for j in range(n)) / n)
+        elif online:
+            out.append(math.log(density(i, sides[1]).pdf(s[i]) / density(i, sides[0]).pdf(s[i])))
         else:
-            density = stats.norm(means[i], math.sqrt(common))
-            if kind == "bayes":
-                scale = math.sqrt((4 * common + squares[i]) / (4 + dof) * (1 + 1 / n_refs))
-                density = stats.t(4 + dof, means[i], scale)
-            p = density.cdf(s[i])
+            p = density(i, sides[0]).cdf(s[i])
             out.append(math.log(p / (1 - p)))
     return out
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_equals_the_naive_loop(toy, kind):
-    got = calibrate(*toy, kind=kind)
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("log-ratio", {}), ("midpoint", {}), ("lira", {}), ("lira", {"variance": "image"}), ("rmia", {}), ("rmia", {"gamma": 2.0}), ("bayes", {})],
+)
+def test_every_kind_equals_the_naive_loop(toy, kind, options, online):
+    s, refs, inside = toy
+    if kind == "midpoint" and not online:
+        with pytest.raises(ValueError, match="needs references trained on the images"):
+            calibrate(s, refs, kind=kind)
+        return
+    inside = inside if online else None
+    got = calibrate(s, refs, inside, kind=kind, **options)
     assert got.shape == (N,) and got.dtype == np.float64
-    np.testing.assert_allclose(got, compute_slowly(*toy, kind), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(got, compute_slowly(s, refs, inside, kind, **options), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["log-ratio", "lira", "rmia", "bayes"])
 def test_references_remove_what_makes_an_image_hard(kind):
     rng = np.random.default_rng(1)
     is_member, hard = np.arange(400) < 100, rng.normal(0, 2, 400)
@@ -71,8 +103,11 @@ def test_references_remove_what_makes_an_image_hard(kind):
 
 
 def test_a_log_ratio_does_not_depend_on_other_images_and_one_reference_is_enough(toy):
-    s, refs = toy
-    np.testing.assert_allclose(calibrate(s[5:6], refs[:, 5:6]), calibrate(s, refs)[5:6], rtol=1e-12)
+    s, refs, inside = toy
+    for kind, options in (("log-ratio", {}), ("midpoint", {}), ("lira", {"variance": "image"})):
+        whole = calibrate(s, refs, inside, kind=kind, **options)
+        part = calibrate(s[5:6], refs[:, 5:6], inside[:, 5:6], kind=kind, **options)
+        np.testing.assert_allclose(part, whole[5:6], rtol=1e-12)
     np.testing.assert_allclose(calibrate(s, refs[:1]), s - refs[0])
     assert np.isfinite(calibrate(s + 1e4, refs, kind="lira")).all()  # far out: no saturated probability
 
@@ -83,14 +118,19 @@ def test_a_log_ratio_does_not_depend_on_other_images_and_one_reference_is_enough
         ({"references": np.zeros(4)}, r"references \(R, N\)"),
         ({"references": np.zeros((2, 3))}, r"got \(4,\) and \(2, 3\)"),
         ({"target": np.array([0, 1, np.inf, 2])}, "a loss of 0 has no logarithm"),
+        ({"in_mask": np.zeros((2, 4), bool)}, "one trained on it"),
+        ({"in_mask": np.zeros((2, 3), bool)}, r"in_mask \(2, 4\)"),
         ({"kind": "lira", "references": np.ones((1, 4))}, "two references that differ"),
+        ({"kind": "lira", "in_mask": np.array([[1, 0, 1, 0], [0, 1, 0, 1]])}, "two references that differ"),
         ({"kind": "oracle"}, "got 'oracle'"),
+        ({"kind": "rmia", "gamma": 0}, "gamma > 0"),
     ],
 )
 def test_bad_input_is_one_line(change, message):
     good = {"target": np.arange(4.0), "references": np.arange(8.0).reshape(2, 4) ** 2} | change
+    target, references, in_mask = good.pop("target"), good.pop("references"), good.pop("in_mask", None)
     with pytest.raises(ValueError, match=message) as error:
-        calibrate(good.pop("target"), good.pop("references"), **good)
+        calibrate(target, references, in_mask, **good)
     assert "\n" not in str(error.value)
 
 

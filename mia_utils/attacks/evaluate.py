@@ -13,7 +13,7 @@ import torch
 
 from mia_utils import seeds
 from mia_utils.attacks import network
-from mia_utils.attacks.reference import KINDS, calibrate
+from mia_utils.attacks.reference import OFFLINE, calibrate
 from mia_utils.attacks.registry import SPEED_ONLY, Attack, find_missing, get_attack, refuse, split_params
 from mia_utils.models import views
 from mia_utils.protocol import splits
@@ -157,10 +157,10 @@ def _sort_references(attack: Attack, reference: object, calibration: str) -> tup
     if reference is None or (not several and "reference" in inspect.signature(attack.extract).parameters):
         return reference, []
     references = list(reference) if several else [reference]
-    expected = f"expected reference models and an offline calibration ({', '.join(KINDS)})"
+    expected = f"expected reference models and an offline calibration ({', '.join(OFFLINE)})"
     refuse(
         (attack.statistic is None, f"attack {attack.name!r} takes no reference model: leave reference out"),
-        (not references or calibration not in KINDS, f"{expected}, got {len(references)} and {calibration!r}"),
+        (not references or calibration not in OFFLINE, f"{expected}, got {len(references)} and {calibration!r}"),
     )
     return None, references
 
