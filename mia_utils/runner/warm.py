@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -26,7 +27,7 @@ from typing import NoReturn
 # in this order: the first training begins when the first of them is there
 IMPORTS = ("mia_utils.pretrain.loop", "mia_utils.protocol.splits", "sklearn.linear_model", "papermill")
 IMPORTS += ("ipykernel.kernelapp", "ipykernel.ipkernel", "mia_utils.attacks", "mia_utils.plots")
-IMPORTS += ("mia_utils.lab", "mia_utils.course", "mia_utils.replay")
+IMPORTS += ("mia_utils.lab", "mia_utils.course", "mia_utils.page")
 # matplotlib reads the kernels' backend when it is imported; a look for GPUs must not start CUDA before the fork
 ENVIRONMENT = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
@@ -111,6 +112,7 @@ def _end_with_caller(connection: socket.socket) -> None:
 def run_module(arguments: list[str]) -> None:
     """Be ``python -m ARGUMENTS`` in this process."""
     sys.argv = arguments
+    warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)  # the server has it, and runs it again
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
@@ -126,6 +128,7 @@ def main(arguments: list[str]) -> int:
         server.sendall(json.dumps(call).encode() + b"\n")
         answer = server.makefile("rb")
         if taken := bool(answer.readline()):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the fork, too; jupyter before it ends
             return int(answer.readline() or 1)
     if not taken:
         run_module(arguments)
