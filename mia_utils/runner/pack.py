@@ -18,11 +18,12 @@ def _folders(profile: str) -> dict[str, Path]:
 
 
 def pack(profile: str, file: Path) -> int:
-    """Write ``file`` with every trained model of a profile, its saved scores and generated images; returns its bytes."""
+    """Write ``file`` with every trained model of a profile, its scores and generated images; returns its bytes."""
     plan = make_plan(profile, [])
     if plan.missing:
         ids = ", ".join(row.id for row in plan.missing[:3])
-        raise ValueError(f"pack {profile}: {len(plan.missing)} models are not trained ({ids} ...): first ./run_all.sh {profile}")
+        n = len(plan.missing)
+        raise ValueError(f"pack {profile}: {n} models are not trained ({ids} ...): first ./run_all.sh {profile}")
     _, scores, raw = _folders(profile)
     sources = {f"artifacts/{path.name}": path for path in plan.done.values()}
     for path in sources.values():
@@ -45,7 +46,7 @@ def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def unpack(file: Path) -> tuple[int, int]:
-    """Put what ``pack`` wrote where it is looked for; what is there stays. Returns how many came, how many were there."""
+    """Put what ``pack`` wrote where it is looked for; what is there stays. Returns how many came and were there."""
     came = there = 0
     try:
         with tarfile.open(file) as tar:

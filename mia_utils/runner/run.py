@@ -10,9 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from mia_utils import paths
-from mia_utils.runner import engine, profiles, train
+from mia_utils.runner import engine, pack, profiles, train
 from mia_utils.runner.plan import count, find_missing_datasets, make_plan, print_plan
 
 USAGE = """usage: ./run_all.sh [PROFILE] [00 .. 08] [--plan] [--strict] [-- ENGINE_ARGS]
@@ -25,7 +26,9 @@ USAGE = """usage: ./run_all.sh [PROFILE] [00 .. 08] [--plan] [--strict] [-- ENGI
   replay            redraw figures and docs/ of photos from the committed results: no data, no training
   setup             the environment only
   data PROFILE      download the data sets of a profile, nothing else
-  lab               JupyterLab on notebooks/"""
+  lab               JupyterLab on notebooks/
+  pack PROFILE FILE trained models, scores and generated images in one file, for a room that trains nothing
+  unpack FILE       put them where they are looked for"""
 SPARE_BYTES = 300e6  # scores, figures, executed notebooks and one half-written artifact
 
 
@@ -117,12 +120,30 @@ def run_lab(arguments: list[str]) -> int:
     os.execv(sys.executable, command)
 
 
+def run_pack(arguments: list[str]) -> int:
+    """``pack PROFILE FILE``."""
+    if len(arguments) != 2:
+        raise ValueError(f"pack: expected a profile and a file, got {len(arguments)} arguments")
+    print(f"{arguments[1]}: {pack.pack(arguments[0], Path(arguments[1])) / 1e6:,.0f} MB")
+    return 0
+
+
+def run_unpack(arguments: list[str]) -> int:
+    """``unpack FILE``."""
+    if len(arguments) != 1:
+        raise ValueError(f"unpack: expected one file, got {len(arguments)} arguments")
+    came, there = pack.unpack(Path(arguments[0]))
+    print(f"{came} models and files unpacked, {there} were there")
+    return 0
+
+
 def _expect_nothing(command: str, arguments: list[str]) -> None:
     if arguments:
         raise ValueError(f"{command}: expected no arguments, got {arguments[0]!r}")
 
 
 COMMANDS = {"test": run_test, "setup": run_setup, "data": run_data, "replay": run_replay, "lab": run_lab}
+COMMANDS |= {"pack": run_pack, "unpack": run_unpack}
 
 
 def main(argv: list[str] | None = None) -> int:
