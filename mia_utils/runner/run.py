@@ -132,6 +132,8 @@ def run_unpack(arguments: list[str]) -> int:
     """``unpack FILE``."""
     if len(arguments) != 1:
         raise ValueError(f"unpack: expected one file, got {len(arguments)} arguments")
+    if not Path(arguments[0]).is_file():
+        raise ValueError(f"unpack: expected a file written by ./run_all.sh pack, got {arguments[0]}")
     came, there = pack.unpack(Path(arguments[0]))
     print(f"{came} models and files unpacked, {there} were there")
     return 0
