@@ -23,8 +23,8 @@ from mia_utils import course, page, paths
 from mia_utils.runner import parameters
 
 KEY_FIGURES = """fig00_game fig00_roc fig01_losses fig02_hero fig03_hero fig03_released fig04_epochs fig04_framing
-fig05_similarities fig05_knowledge fig06_attackers fig07_hero fig08_hero fig08_use fig04_main fig07_adaptive fig06_epochs
-fig05_hero fig00_hero""".split()
+fig05_similarities fig05_knowledge fig06_attackers fig07_hero fig08_hero fig08_use fig04_main fig07_adaptive
+fig06_epochs fig05_hero fig00_hero""".split()
 N_SLIDES = 12
 POINTS = {"easy": 1, "medium": 2, "hard": 3}
 STYLE = """body{margin:0;font:22px/1.4 system-ui,sans-serif;color:#1a1a1a;background:#fff}
@@ -53,7 +53,7 @@ def write_deck(profile: str) -> Path:
         )
     text = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Membership inference on visual models</title>\
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>{"".join(slides)}</html>\n'
-    return paths.write_atomic(paths.get_figures_dir(profile) / "deck.html", lambda file: file.write(text.encode()))
+    return paths.write_atomic(paths.get_figures_dir(profile) / "deck.html", text)
 
 
 def grade_cells(notebook: nbformat.NotebookNode, number: str, *, hidden: bool) -> nbformat.NotebookNode:
@@ -74,12 +74,12 @@ def grade_cells(notebook: nbformat.NotebookNode, number: str, *, hidden: bool) -
             continue
         work, _, call = cell.source.rpartition("\n")
         exercise, given = re.fullmatch(r'check\("(\d\d-\d)", answer(.*)\)', call).groups()
-        base = {"schema_version": 3, "task": False}
-        cell.source = work
-        cell.metadata["nbgrader"] = base | {"grade_id": f"answer-{exercise}", "solution": True, "grade": False, "locked": False}
-        test = nbformat.v4.new_code_cell(call, id=f"test-{exercise}")
-        test.metadata["nbgrader"] = base | {"grade_id": f"test-{exercise}", "solution": False, "grade": True,
-                                            "locked": True, "points": points.get(exercise, 1)}  # fmt: skip
+        cell.source, test = work, nbformat.v4.new_code_cell(call, id=f"test-{exercise}")
+        for part, kind in ((cell, "answer"), (test, "test")):
+            graded = kind == "test"
+            part.metadata["nbgrader"] = {"schema_version": 3, "task": False, "grade_id": f"{kind}-{exercise}",
+                                         "solution": not graded, "grade": graded, "locked": graded}  # fmt: skip
+        test.metadata["nbgrader"]["points"] = points.get(exercise, 1)
         if hidden:
             test.source += (
                 "\n### BEGIN HIDDEN TESTS\nfrom mia_utils.course import load_answers\n"
@@ -97,13 +97,13 @@ def write_graded(folder: Path) -> int:
         notebook = nbformat.read(path, as_version=4)
         for kind in ("source", "release"):
             graded = grade_cells(notebook, name[:2], hidden=kind == "source")
-            text = nbformat.writes(graded) + "\n"
-            paths.write_atomic(folder / kind / name / f"{name}.ipynb", lambda file, text=text: file.write(text.encode()))
+            paths.write_atomic(folder / kind / name / f"{name}.ipynb", nbformat.writes(graded) + "\n")
         total += sum(cell.metadata.get("nbgrader", {}).get("points", 0) for cell in graded.cells)
-    wrong = {f: {e: {str(k): v for k, v in a[2].items()} for e, a in (course.load_answers(f) or {}).items() if len(a) > 2}
-             for f in sorted(name[:2] for name in parameters.find_notebooks())}  # fmt: skip
-    text = json.dumps(wrong, indent=1) + "\n"  # what wrong answers come from: for whoever gives feedback
-    paths.write_atomic(folder / "source" / "wrong_answers.json", lambda file: file.write(text.encode()))
+    wrong = {}  # what wrong answers come from: for whoever gives feedback
+    for number in sorted(name[:2] for name in parameters.find_notebooks()):
+        answers = course.load_answers(number) or {}
+        wrong[number] = {e: {str(k): v for k, v in a[2].items()} for e, a in answers.items() if len(a) > 2}
+    paths.write_atomic(folder / "source" / "wrong_answers.json", json.dumps(wrong, indent=1) + "\n")
     return total
 
 

@@ -58,7 +58,8 @@ def start_smoke() -> tuple[Path, subprocess.Popen, Path]:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the run as soon as it is known that a test waits for it."""
-    if not session.config.option.collectonly and any("smoke_run" in getattr(i, "fixturenames", ()) for i in session.items):
+    waiting = any("smoke_run" in getattr(item, "fixturenames", ()) for item in session.items)
+    if waiting and not session.config.option.collectonly:
         session.config.stash[_SMOKE] = start_smoke()
 
 

@@ -48,12 +48,14 @@ def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 def unpack(file: Path) -> tuple[int, int]:
     """Put what ``pack`` wrote where it is looked for; what is there stays. Returns how many came and were there."""
     came = there = 0
+    home = paths.get_home() / "data"
+    home.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(file) as tar:
             names = {tuple(entry.name.split("/")) for entry in tar.getmembers()}
             profiles = {name[1] for name in names if name[0] == "scores" and len(name) > 2}
             targets = {key: path for profile in profiles or {""} for key, path in _folders(profile).items()}
-            with tempfile.TemporaryDirectory(dir=paths.get_home() / "data") as temporary:
+            with tempfile.TemporaryDirectory(dir=home) as temporary:
                 tar.extractall(temporary, filter="data")  # refuses links and paths that lead out of the folder
                 for key, target in targets.items():
                     target.mkdir(parents=True, exist_ok=True)
