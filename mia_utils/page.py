@@ -105,8 +105,9 @@ def _read_readings() -> dict[str, str]:
         for cell in read_cells(path):
             if cell.kind == "code":
                 waiting += FIGURES.findall(cell.source)
-            elif match := re.search(r"\*\*How to read (?:it|them)\*\*:?\s*(.+?)(?:\n\n|$)", cell.source, flags=re.S):
-                found |= dict.fromkeys(waiting, re.sub(r"[*`$]", "", " ".join(match.group(1).split())))
+            elif match := re.search(r"\*\*How to read (it|them)\*\*:?\s*(.+?)(?:\n\n|$)", cell.source, flags=re.S):
+                meant = waiting if match[1] == "them" else waiting[-1:]
+                found |= dict.fromkeys(meant, re.sub(r"[*`$]", "", " ".join(match[2].split())))
                 waiting = []
     return found
 
