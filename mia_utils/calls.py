@@ -91,17 +91,30 @@ def resolve(
     """Check a call, fill in the shadow and what a static attacker learned from; ValueError says what does not fit."""
     row = lab.profile.row(target.id)
     if target.defense == "early-stopping":
-        checkpoint = shadow_checkpoint = int(target.strength)
+        checkpoint = shadow_checkpoint = target.strength
+    epochs = dict(checkpoint=checkpoint, shadow_checkpoint=shadow_checkpoint, n_nonmembers=n_nonmembers)
+    for name, value in (epochs | {"reference_checkpoint": attacker.reference_checkpoint}).items():
+        least = int(name == "n_nonmembers")
+        if value is None and (name != "checkpoint" or target.defense != "early-stopping"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+    if target.defense is None and target.strength is not None:
+        raise ValueError(f"strength {target.strength!r} belongs to a defense: name one")
     if attacker.attacker not in ("adaptive", "static"):
         raise ValueError(f"expected attacker 'adaptive' or 'static', got {attacker.attacker!r}")
     static = attacker.attacker == "static"
     if static and target.defense is None and row.defense == "none":
         raise ValueError("attacker 'static' goes with a defense: name one, or attack a defended model")
     knowledge, shadow = attacker.knowledge, attacker.shadow
-    if shadow is not None or knowledge.startswith("shadow"):
+    if row.id in _as_names(attacker.reference):
+        raise ValueError(f"{row.id} can not be its own reference: name a model of other members")
+    if shadow is not None or str(knowledge).startswith("shadow"):
         shadow = shadow or lab.shadow_of(target.id)
         if shadow is None:
             raise ValueError(f"profile {lab.name} has no shadow for {target.id}: add a model with role shadow")
+        if (role := lab.profile.row(shadow).role) != "shadow":
+            raise ValueError(f"expected a model with role shadow as shadow, got {shadow}, a {role}")
         knowledge = "shadow:" + compare(row, lab.profile.row(shadow))
     else:
         shadow_checkpoint = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,9 @@ class Lab:
         Returns:
             The results of the study so far, controls and seeds left out.
         """
-        names = [attacks] if isinstance(attacks, str) else list(attacks)
+        if not re.fullmatch(r"[A-Za-z0-9][\w .-]*", str(study)):  # it is part of a file's name
+            raise ValueError(f"expected study to be a name of letters, digits, '-', '_' and '.', got {study!r}")
+        names = [attacks] if isinstance(attacks, str) else list(attacks or ())
         sweep = {"protocol": protocol, "checkpoint": checkpoint, **settings}
         for attack, target in itertools.product(names, list(_flatten(targets))):
             for i, setting in enumerate(itertools.product(*map(_as_list, sweep.values()))):
@@ -235,9 +238,11 @@ def _as_list(value: Any) -> list:
 def _flatten(targets: Any) -> Iterable[Target]:
     if isinstance(targets, Target | Row | str):
         yield targets if isinstance(targets, Target) else Target(getattr(targets, "id", targets))
-    else:
+    elif isinstance(targets, list | tuple):
         for part in targets:
             yield from _flatten(part)
+    else:
+        raise ValueError(f"expected model ids, rows of lab.models() or targets of lab.target(), got {targets!r}")
 
 
 open = Lab  # ``lab.open("quick")``

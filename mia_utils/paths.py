@@ -21,24 +21,29 @@ def is_checkout() -> bool:
     return (PACKAGE_ROOT / "notebooks").is_dir()
 
 
+def to_folder(name: str, value: str) -> Path:
+    """Return the folder that a variable names; an empty text and an unknown user are refused."""
+    if value.strip():
+        with contextlib.suppress(RuntimeError):  # ~user
+            return Path(value).expanduser().resolve()
+    raise ValueError(f"{name}: expected a folder, got {value or 'an empty text'}; name one or unset the variable")
+
+
 def get_home() -> Path:
     """Return the project folder: ``MIA_HOME``, else the checkout that holds this package, else a user cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mia_utils"
-    value = os.environ.get("MIA_HOME", str(PACKAGE_ROOT if is_checkout() else cache))
-    if not value.strip():
-        raise ValueError("MIA_HOME: expected a folder, got an empty text; name one or unset the variable")
-    return Path(value).expanduser().resolve()
+    return to_folder("MIA_HOME", os.environ.get("MIA_HOME", str(PACKAGE_ROOT if is_checkout() else cache)))
 
 
 def get_raw_dir() -> Path:
     """Return the folder of downloads and data caches: ``MIA_DATA_DIR``, else ``data/raw``."""
     value = os.environ.get("MIA_DATA_DIR")
-    return Path(value).expanduser().resolve() if value else get_home() / "data" / "raw"
+    return to_folder("MIA_DATA_DIR", value) if value else get_home() / "data" / "raw"
 
 
 def get_artifact_dirs() -> list[Path]:
     """Return the artifact search path: the writable ``data/artifacts`` first, then ``MIA_ARTIFACTS``."""
-    extra = [Path(p).expanduser() for p in os.environ.get("MIA_ARTIFACTS", "").split(os.pathsep) if p]
+    extra = [to_folder("MIA_ARTIFACTS", p) for p in os.environ.get("MIA_ARTIFACTS", "").split(os.pathsep) if p]
     return [get_home() / "data" / "artifacts", *extra]
 
 

@@ -13,6 +13,8 @@ import json
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,17 @@ def replay(profile: str) -> list[Path]:
     docs, found = profiles.find_source("docs"), parameters.find_notebooks()
     longest = sorted(found, key=lambda name: -found[name].stat().st_size)
     write = functools.partial(_write_page, profile=profile, docs=docs)
-    # a process for each notebook: what one leaves behind can't disturb the next; forked: all is imported once
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        return sorted(pool.imap_unordered(write, longest))
+
+    def write_apart(name: str) -> Path:
+        """In a process of its own: what one leaves behind can't disturb the next; forked: all is imported once."""
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as process:
+            try:
+                return process.submit(write, name).result()
+            except BrokenProcessPool:
+                raise RuntimeError(f"{name}: its process was killed: the same command starts over") from None
+
+    with ThreadPoolExecutor(2) as threads:
+        return sorted(threads.map(write_apart, longest))
 
 
 def _write_page(name: str, profile: str, docs: Path) -> Path:
@@ -143,6 +153,8 @@ def _digest(source: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Replay a profile, or gather what its run has saved; returns the exit code."""
+    if arguments[1:] not in ([], ["--gather"]) or not arguments:
+        raise ValueError("usage: python -m mia_utils.replay PROFILE [--gather]")
     profile, began = arguments[0], time.perf_counter()
     if "--gather" in arguments:
         lab.open(profile).store.pack()
@@ -159,4 +171,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -6,12 +6,12 @@ that agree in every column of facts are one experiment over several seeds. Nothi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ PARAMETERS = {  # attack parameters whose plain name says something else about t
     "epochs": "attacker_epochs", "lr": "attacker_lr", "augmentation": "query_augmentation",
     "network": "attacker_network", "p": "norm",
 }  # fmt: skip
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def make_rows(result: Result, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,6 +95,8 @@ def tabulate(
     first = ["study", *FACTS, "seed", "n_seeds", "auc", "auc_low", "auc_high", "verdict"]
     experiments: dict[tuple, dict[Any, dict]] = {}
     for study, keys in studies.items():
+        if lost := [key for key in keys if key not in found]:  # a mean over fewer seeds is another number
+            print(f"study {study}: no scores {', '.join(lost[:3])}: run its notebook again", flush=True)
         for row in (row for key in dict.fromkeys(keys) for row in found.get(key, ())):
             row = {"study": study, **row}
             # by seed: one evaluation, asked for under two spellings, stands once
@@ -190,8 +191,8 @@ class Store:
     """Saved evaluations of a profile: a file each while a run works, packed into one for the archive.
 
     Jobs side by side write ``data/scores/<profile>/<key>.npz``; :meth:`pack` gathers them in
-    ``data/results/<profile>.npz`` (equal arrays once) with ``<profile>.csv`` beside it to read. Both are zip files:
-    every byte stands under a check sum that is compared when it is read.
+    ``data/results/<profile>.npz`` (equal arrays once) with ``<profile>.csv`` beside it to read. What is read is
+    compared with a digest; numpy and zipfile raise a dozen types on damaged files, each becomes one line.
     """
 
     def __init__(self, profile: str):
@@ -206,9 +207,12 @@ class Store:
         if self._packed is None or self._packed[0] != stamp:
             try:
                 file = np.load(self.archive, allow_pickle=False)
-                self._packed = stamp, file, json.loads(str(file["index"]))
-            except _DAMAGE as error:
-                told = f"{self.archive.name} is damaged ({error})"
+                index = json.loads(str(file["index"]))
+                if (own := index.get("profile", self.archive.stem)) != self.archive.stem:
+                    raise ValueError(f"it is that of profile {own}")
+                self._packed = stamp, file, index
+            except Exception as error:
+                told = f"{self.archive.name} is damaged ({' '.join(str(error).split())[:160]})"
                 raise ValueError(f"{told}: fetch it again, or delete it and run the profile") from None
         return self._packed[1:]
 
@@ -219,12 +223,10 @@ class Store:
             return self._open_archive()[1]["rows"].get(key)
         try:
             with np.load(path, allow_pickle=False) as file:
-                rows = json.loads(str(file["rows"]))
-            if rows and all(row["key"] == key for row in rows):
-                return rows
-            raise ValueError("it holds another evaluation")
-        except _DAMAGE as error:
-            print(f"scores {path.name} are damaged ({error}): computed again", flush=True)
+                return _read_rows(path, file)
+        except Exception as error:
+            told = " ".join(str(error).split())[:160]
+            print(f"scores {path.name} are damaged ({told}): computed again", flush=True)
             path.unlink(missing_ok=True)
             return None
 
@@ -233,11 +235,14 @@ class Store:
         path = self.folder / f"{key}.npz"
         try:
             if path.is_file():
-                return Result.load(path)
+                return Result.unpack(_read_arrays(path))
             file, index = self._open_archive()
-            return Result.unpack({name: file[digest] for name, digest in index["arrays"][key].items()})
-        except _DAMAGE as error:
-            told = " ".join(str(error).split())
+            arrays = {name: file[digest] for name, digest in index["arrays"][key].items()}
+            if [_digest_array(arrays[name]) for name in index["arrays"][key]] != list(index["arrays"][key].values()):
+                raise ValueError("they were changed")
+            return Result.unpack(arrays)
+        except Exception as error:
+            told = " ".join(str(error).split())[:160]
             raise ValueError(f"no readable scores {key} ({told}): run its notebook again") from None
 
     def merge(self, keys: list[str], control: str) -> dict[str, Any]:
@@ -246,22 +251,25 @@ class Store:
         if (kept := self._open_archive()[1]["merged"].get(name)) is not None:
             return kept
         path = self.folder / f"merged-{name}.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            numbers = _measure([self.load(key) for key in keys], control)
-            paths.write_atomic(path, json.dumps(numbers))
-            return numbers
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: computed again
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["digest"] == _digest(f"{name} {json.dumps(kept['numbers'])}".encode()):
+                return kept["numbers"]
+        numbers = json.loads(json.dumps(_measure([self.load(key) for key in keys], control)))
+        digest = _digest(f"{name} {json.dumps(numbers)}".encode())
+        paths.write_atomic(path, json.dumps({"digest": digest, "numbers": numbers}))
+        return numbers
 
     def save(self, key: str, result: Result, rows: list[dict[str, Any]]) -> None:
         """Keep an evaluation, whole or not at all."""
         arrays = result.pack() | {"rows": np.array(json.dumps([row | {"key": key} for row in rows]))}
+        arrays["digest"] = np.array(_digest_arrays(arrays))
         paths.write_atomic(self.folder / f"{key}.npz", lambda file: np.savez_compressed(file, **arrays))
 
     def note(self, study: str, attack: str, keys: list[str]) -> None:
         """Say which evaluations of an attack a study uses, in the order of its figure."""
         text = json.dumps({"study": study, "attack": attack, "keys": keys}, indent=0)
-        paths.write_atomic(self.folder / f"study-{study}-{attack}.json", text)
+        paths.write_atomic(self.folder / _name_study(study, attack), text)
 
     def read_studies(self) -> dict[str, list[str]]:
         """Return study -> keys, in order."""
@@ -270,8 +278,10 @@ class Store:
         for path in sorted(self.folder.glob("study-*.json")):
             try:
                 entry = json.loads(path.read_text(encoding="utf-8"))
+                if path.name != _name_study(entry["study"], entry["attack"]):
+                    raise ValueError("it is that of another study")
                 noted[entry["study"], entry["attack"]] = list(entry["keys"])
-            except _DAMAGE as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 print(f"{path.name} is damaged ({error}): its notebook writes it again", flush=True)
         studies: dict[str, list[str]] = {}
         for (study, _), keys in noted.items():
@@ -287,13 +297,14 @@ class Store:
     def pack(self) -> Path:
         """Gather everything that a study uses in the archive; the files of single evaluations stay."""
         studies, arrays, index = self.read_studies(), {}, {"rows": {}, "studies": {}, "arrays": {}, "merged": {}}
+        index["profile"] = self.archive.stem
         for study, key in dict.fromkeys((study, key) for study, keys in studies.items() for key in keys):
             if key not in index["rows"]:
                 if (rows := self.read_rows(key)) is None:
                     continue
                 index["rows"][key], index["arrays"][key] = rows, {}
                 for name, value in self.load(key).pack().items():
-                    digest = _digest(value.tobytes() + str(value.dtype).encode())
+                    digest = _digest_array(value)
                     arrays[digest], index["arrays"][key][name] = value, digest
             attack = index["rows"][key][0]["attack"]
             index["studies"].setdefault(study, {}).setdefault(attack, []).append(key)
@@ -310,6 +321,35 @@ class Store:
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _digest_array(value: np.ndarray) -> str:
+    return _digest(value.tobytes() + str(value.dtype).encode())
+
+
+def _digest_arrays(arrays: dict[str, np.ndarray]) -> str:
+    return _digest("".join(f"{name} {_digest_array(arrays[name])};" for name in sorted(arrays)).encode())
+
+
+def _read_rows(path: Path, file: Any) -> list[dict[str, Any]]:
+    rows = json.loads(str(file["rows"]))
+    if not rows or any(row["key"] != path.stem for row in rows):
+        raise ValueError("it holds another evaluation")
+    return rows
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a score file; what is not as it was written, or not of this key, is an error."""
+    with np.load(path, allow_pickle=False) as file:
+        _read_rows(path, file)
+        arrays = dict(file)
+    if arrays.pop("digest", _digest_arrays(arrays)) != _digest_arrays(arrays):  # none in files of before
+        raise ValueError("it was changed")
+    return arrays
+
+
+def _name_study(study: str, attack: str) -> str:
+    return f"study-{study}-{attack}.json"
 
 
 def _name_merged(keys: list[str], control: str) -> str:

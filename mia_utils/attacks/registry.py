@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -117,8 +118,24 @@ def split_params(attack: Attack, params: dict) -> tuple[dict, dict]:
     if unknown := [key for key in params if key not in of_extract | of_fit]:
         allowed = ", ".join(sorted(of_extract | of_fit)) or "none"
         raise ValueError(f"attack {attack.name!r} takes no parameter {unknown[0]!r}; allowed: {allowed}")
+    for key, value in params.items():
+        _check_parameter(attack.name, key, value, (of_extract if key in of_extract else of_fit)[key])
     defaults = {key: default for key, default in of_extract.items() if default is not inspect.Parameter.empty}
     if "progress" in of_extract:
         defaults["progress"] = True  # a bar, shown only when it takes long
     fit_params = {key: value for key, value in params.items() if key not in of_extract}
     return defaults | {key: value for key, value in params.items() if key in of_extract}, fit_params
+
+
+def _check_parameter(attack: str, key: str, value: object, default: object) -> None:
+    """Refuse a value that is not of its default's kind: a whole number (``n_...``: at least 1), a number, a list ..."""
+    is_list, counts = isinstance(default, tuple), key.startswith("n_")
+    one = default[0] if is_list else default
+    kind = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}.get(type(one))
+    if kind is None or (value is None and not counts):
+        return
+    values = value if is_list and isinstance(value, list | tuple) else [value]
+    wrong = is_list != isinstance(value, list | tuple)
+    wrong = wrong or any(not isinstance(v, kind) or v != v or (type(v) is bool) > (kind is bool) for v in values)
+    if wrong or (counts and value < 1):
+        raise ValueError(f"attack {attack!r}: expected {key} like {default!r}{' (at least 1)' * counts}, got {value!r}")

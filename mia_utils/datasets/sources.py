@@ -229,7 +229,10 @@ def _load_scenes(style: str, size: int, n: int, seed: int, folder: Path | None) 
 
     def read() -> Pool | None:
         with contextlib.suppress(ValueError):  # not there, or damaged: drawn again
-            return make(cache.read_cache(path))
+            pool, first = make(cache.read_cache(path)), make(scenes.make_scenes(1, size=size, style=style, seed=seed))
+            if len(pool) == n and pool.take(np.arange(1)).hash == first.hash:  # else another's file under this name
+                return pool
+        return None
 
     if folder is None:
         return draw()

@@ -157,7 +157,10 @@ def fit(
 
     # where it stands
     step, spent, history, states = 0, 0.0, [], {}
-    resume = ResumeFile(resume_path, settings) if resume_path else None
+    # the same settings on other images are another training
+    seen = np.ascontiguousarray(images[:: max(len(images) // 64, 1)])
+    identity = settings | {"images": hashlib.blake2b(seen, digest_size=8).hexdigest()}
+    resume = ResumeFile(resume_path, identity) if resume_path else None
     if resume and (saved := resume.read(model, fabric.device)):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])

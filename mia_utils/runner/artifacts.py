@@ -81,7 +81,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         told, digest = name_of(meta["spec"]), meta.pop("digest", None)
         if not isinstance(meta.get("files", {}), dict) or not isinstance(meta.setdefault("provenance", {}), dict):
             raise ValueError("files or provenance is no mapping")
-        if digest not in (None, _hash_text(meta)):
+        if digest not in (None, hash_text(meta)):
             raise ValueError("it was changed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path.name}/meta.json", f"can't be read ({error})") from None
@@ -108,7 +108,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _hash_text(value: Any) -> str:
+def hash_text(value: Any) -> str:
+    """Return the digest of what can be written as JSON."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -152,7 +153,7 @@ def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | N
         return found
     work, final = get_work_dir(spec), paths.get_artifact_dirs()[0] / name_of(spec)
     part = work / "result"
-    with hold(name_of(spec), wait=wait) as lock:
+    with hold(name_of(spec), wait=wait):
         if found := find(spec, whole=True):
             return found
         shutil.rmtree(part, ignore_errors=True)
@@ -166,14 +167,13 @@ def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | N
                 files = {str(path.relative_to(part)): hash_file(path) for path in made}
                 meta = {"spec": spec, "provenance": provenance, "files": files, **extra}
                 meta = json.loads(json.dumps(meta, default=str))
-                meta["digest"] = _hash_text(meta)
+                meta["digest"] = hash_text(meta)
                 (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
                 shutil.rmtree(final, ignore_errors=True)  # damaged, or without meta.json: no artifact
                 part.replace(final)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it opens another and finds the artifact
         verify.cache_clear()
         return final
 
@@ -191,7 +191,7 @@ def _explain_writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold(name: str, *, wait: float = -1) -> Iterator[FileLock]:
+def hold(name: str, *, wait: float = -1) -> Iterator[None]:
     """Hold the lock of this name among all processes of a working folder, waiting ``wait`` seconds (-1: any time)."""
     root = paths.get_artifact_dirs()[0]
     with _explain_writing(root):
@@ -202,8 +202,9 @@ def hold(name: str, *, wait: float = -1) -> Iterator[FileLock]:
         except Timeout:
             raise ValueError(f"another process is making {name}: wait for it or stop it") from None
     try:
-        yield lock
+        yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it opens another
         lock.release()
 
 

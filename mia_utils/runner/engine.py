@@ -49,7 +49,7 @@ def execute(plan: Plan, command: list[str]) -> int:
     for marker in plan.build.glob("*.done"):  # artifacts alone say what is computed; notebooks always run again
         marker.unlink()
     head = {"profile": profile.name, "run": echo.run, "python": sys.executable, "threads": profile.threads}
-    jobs.write_json(plan.build / "plan.json", head | {"jobs": plan.jobs})
+    jobs.write_plan(plan.build / "plan.json", head | {"jobs": plan.jobs})
     environment = jobs.set_threads(profile.threads)
     if {"-n", "--dry-run", "--dryrun"} & set(command):
         return subprocess.run(command, env=environment).returncode
@@ -117,21 +117,23 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     What the engine would refuse or wait for in vain, and an executor that is not installed, is a ValueError.
     """
     from snakemake.cli import parse_args  # a second: only where arguments are given
-    from snakemake.exceptions import CliException
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             read = parse_args(arguments)[1]
-    except (CliException, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # its parser raises a dozen types
         last = (said.getvalue().strip().splitlines() or ["only its help was asked for"])[-1].rpartition("rror: ")[2]
         reason = last if isinstance(error, SystemExit) else error
         if match := re.search(r"--executor/-e: invalid choice: '([\w-]+)'", last):
             reason = f"executor {match[1]!r} is not installed: pip install snakemake-executor-plugin-{match[1]}"
         raise ValueError(f"engine: {reason}") from None
-    for name in ("cores", "jobs"):
-        if isinstance(number := getattr(read, name), int) and number < 1:
-            raise ValueError(f"engine: --{name}: expected a number of at least 1, got {number}")
+    names = ("cores", "jobs", "local-cores", "max-threads")
+    numbers = {f"--{name}": getattr(read, name.replace("-", "_")) for name in names}
+    for name, number in (numbers | {f"--resources {key}": n for key, n in (read.resources or {}).items()}).items():
+        number = getattr(number, "value", number)
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"engine: {name}: expected a number of at least 1, got {number}")
     return read
 
 

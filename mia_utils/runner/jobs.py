@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mia_utils import paths
+from mia_utils.runner import artifacts
 
 FINDING = "FINDING "  # the last printed line of a notebook starts with it
 WARM = [sys.executable, "-m", "mia_utils.runner.warm"]
@@ -23,6 +24,12 @@ WARM = [sys.executable, "-m", "mia_utils.runner.warm"]
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     paths.write_atomic(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def write_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Write what ``main`` reads, with its digest: a changed plan would be another experiment."""
+    plan = json.loads(json.dumps(plan))
+    write_json(path, plan | {"digest": artifacts.hash_text(plan)})
 
 
 def read_json(path: Path) -> Any:
@@ -117,6 +124,8 @@ def find_finding(cells: list[dict]) -> str:
 def main(plan_path: str, job: str) -> None:
     """Do one job of a plan; its outcome is in its status, so the engine goes on and 08 gathers what others saved."""
     plan, build = read_json(Path(plan_path)), Path(plan_path).resolve().parent
+    if not isinstance(plan, dict) or plan.pop("digest", None) != artifacts.hash_text(plan):
+        sys.exit(f"{Path(plan_path).name} was changed since the run began: start the run again")
     log, work, started = build / "logs" / f"{job}.log", plan["jobs"][job], time.time()
     log.parent.mkdir(parents=True, exist_ok=True)
     os.environ |= set_threads(plan["threads"])
