@@ -35,6 +35,7 @@ Count = Annotated[int, Field(gt=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+_COLORS = {kind: Annotated[list[kind], Field(min_length=3, max_length=3)] for kind in (Rate, Weight)}
 
 
 class Privacy(TypedDict, total=False):
@@ -43,17 +44,25 @@ class Privacy(TypedDict, total=False):
     __pydantic_config__ = STRICT
     epsilon: Rate
     noise_multiplier: Weight
-    delta: Rate
+    delta: Annotated[float, Field(gt=0, lt=1)]
     max_grad_norm: Rate
 
 
 FIT_OPTIONS = {"batch_size": Count, "lr": Rate, "weight_decay": Weight, "warmup": Share}
 FIT_OPTIONS |= {"checkpoints": list[Annotated[int, Field(ge=0)]], "precision": Literal[PRECISIONS], "privacy": Privacy}
 _ENCODER = {"dropout": Share, "drop_path": Share, "input_size": Count}
-_MASKED = _ENCODER | {"mask_ratio": Annotated[float, Field(gt=0, lt=1)], "mean": list[float], "std": list[float]}
+_MASKED = _ENCODER | {"mask_ratio": Annotated[float, Field(gt=0, lt=1)], "mean": _COLORS[Weight], "std": _COLORS[Rate]}
 _CONTRAST = _ENCODER | {"temperature": Rate, "momentum": Annotated[float, Field(ge=0, le=1)], "output_dim": Count}
 _SEGMENT = {"dropout": Share, "label_smoothing": Share, "mixup": Weight, "distill": Weight, "minmax": Weight}
-_SEGMENT |= {"norm": Literal["batch", "group"], "encoder_depth": Any}
+_SEGMENT |= {"norm": Literal["batch", "group"], "encoder_depth": Annotated[int, Field(ge=3, le=5)]}
+_DECODER = {  # of the networks of segmentation-models-pytorch
+    "decoder_use_norm": bool | Literal["batchnorm", "identity", "layernorm", "instancenorm"],
+    "decoder_channels": Count | list[Count], "decoder_attention_type": Literal["scse"],
+    "decoder_interpolation": Literal["nearest", "bilinear", "bicubic", "area", "nearest-exact"], "upsampling": Count,
+    "psp_out_channels": Count, "psp_dropout": Share, "encoder_output_stride": Literal[8, 16],
+    "decoder_atrous_rates": Annotated[list[Count], Field(min_length=3, max_length=3)], "decoder_aspp_separable": bool,
+    "decoder_aspp_dropout": Share,
+}  # fmt: skip
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "mae": _MASKED | dict.fromkeys(("decoder_dim", "decoder_depth", "decoder_heads"), Count) | {"norm_pix_loss": bool},
     "simmim": _MASKED,
@@ -66,7 +75,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "simclr": {key: value for key, value in _CONTRAST.items() if key != "momentum"} | {"hidden_dim": Count},
     "supervised": _ENCODER,
     **{
-        method: _SEGMENT | dict.fromkeys(names.split(), Any)  # the library checks their values
+        method: _SEGMENT | {name: _DECODER[name] for name in names.split()}
         for method, names in {
             "unet": "decoder_use_norm decoder_channels decoder_attention_type decoder_interpolation",
             "upernet": "decoder_use_norm decoder_channels upsampling",

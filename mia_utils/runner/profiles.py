@@ -23,6 +23,9 @@ from mia_utils.runner.choices import PRECISIONS, PRIVATE_METHODS, SEGMENTERS, ST
 __all__ = ["PRECISIONS", "PRIVATE_METHODS", "SEGMENTERS", "STRENGTHS", "Profile", "Row", "load", "parse"]
 
 
+MOST_TEXT = 1_000_000  # characters of a profile; paper has 12,000
+
+
 def _check_size(value: Any) -> Any:
     sides = value if isinstance(value, list) and len(value) == 2 else [value]
     if all(type(side) is int and 0 < side < 10_000 for side in sides):
@@ -122,7 +125,7 @@ class Profile(BaseModel):
     notebooks: dict[str, dict[str, Any]] = {}
     needs: dict[str, dict[Literal[tuple(Row.model_fields)], list[str | int]]] = {}
     notebook_seconds: dict[str, choices.Weight] = {}
-    gpu_tflops: float | None = Field(default=None, gt=0)
+    gpu_tflops: choices.Rate | None = None
 
     def row(self, model_id: str) -> Row:
         """Return the row of a model; the error for an unknown one lists close matches."""
@@ -152,7 +155,7 @@ def find_source(*parts: str) -> Path:
 def list_names() -> list[str]:
     """Return the names of all profiles, the built-in four in order of size first."""
     order = ["smoke", "quick", "photos", "paper"]
-    names = {path.stem for path in find_source("profiles").glob("*.yaml")}
+    names = {path.stem for path in find_source("profiles").glob("*.yaml") if path.is_file()}  # no pipe, no folder
     return sorted(names, key=lambda name: (order.index(name) if name in order else 4, name))
 
 
@@ -175,6 +178,8 @@ def parse(text: str, *, source: str, name: str | None = None) -> Profile:
     nearest wins, ``options`` as a whole.
     """
     values: Any = None
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"{source}: expected at most {MOST_TEXT:,} characters, got {len(text):,}")
     try:
         values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
         if not isinstance(values, dict):
@@ -221,8 +226,10 @@ def _find_wrong_name(profile: Profile, name: str) -> str | None:
     if profile.first is not None and profile.first not in ids:
         return f"first: no model has the id {profile.first!r}"
     for notebook, wanted in profile.needs.items():
-        if lost := [model_id for model_id in wanted.get("id", []) if model_id not in ids]:
-            return f"needs: {notebook}: no model has the id {lost[0]!r}"
+        for key, values in wanted.items():
+            known = {getattr(row, key) for row in profile.models}
+            if lost := [value for value in values if value not in known]:
+                return f"needs: {notebook}: no model has the {key} {lost[0]!r}"
     return None
 
 
@@ -235,8 +242,11 @@ def _find_wrong_row(profile: Profile) -> str | None:
         if problem := choices.find_wrong_defense(row) or choices.find_wrong_option(row):
             return f"models: {row.id}: {problem}"
         split, available = profile.get_split(row.dataset), profile.datasets[row.dataset].get("n", math.inf)
+        if row.role == "shadow" and not split.get("n_shadow_members", row.n_train):
+            return f"models: {row.id}: expected n_shadow_members of at least 1 for a shadow, got 0"
         needed = row.n_train + split.get("n_nonmembers", 3000)
         needed += split.get("n_shadow_members", row.n_train) + split.get("n_shadow_nonmembers", 0)
+        needed += row.n_train if row.role == "reference" else 0
         if needed > available:
             needs = f"needs {needed} images (members, non-members and their shadow's), got {available}"
             return f"datasets: {row.dataset}: n: model {row.id} {needs}"
@@ -282,6 +292,12 @@ class _Loader(yaml.SafeLoader):
         raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
 
 
+# 010 would be 8 and 1:30 ninety: a whole number is decimal, all else is text
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, rule) for tag, rule in found if tag != "tag:yaml.org,2002:int"]
+    for key, found in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 # 1e-3 is a number (YAML 1.1 makes it text)
 _FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
