@@ -258,7 +258,7 @@ def _tell_heads(
     heads, source = next(((int(value), source) for value, source in told if value is not None), (None, ""))
     if heads is None:
         what = f"the number of heads of a ViT of width {dim} is in no weight"
-        raise ValueError(f"{checkpoint.name}: {what}: give it, as in arch_args={{'num_heads': 4}}")
+        raise ValueError(f"{checkpoint.name}: {what}: give it, --arch-args num_heads=4 or arch_args={{'num_heads': 4}}")
     if heads < 1 or dim % heads:
         raise ValueError(f"{checkpoint.name}: {heads} heads don't divide the width {dim}")
     facts.add("heads", heads, source)
