@@ -21,7 +21,7 @@ from scipy.spatial.distance import pdist, squareform
 from torch.nn import functional as F
 
 from mia_utils import seeds
-from mia_utils.attacks.registry import find_missing, get_attack, split_params
+from mia_utils.attacks.registry import find_missing, get_attack, get_parameters, split_params
 from mia_utils.models import views
 
 N_PERMUTATIONS, N_FOLDS = 9_999, 5
@@ -101,24 +101,18 @@ def choose(
         if reason:
             skipped.append(f"{name}: {reason}")
             continue
-        takes = {key: value for key, value in settings.items() if _takes(attack, key)}
+        own = get_parameters(attack.extract)
+        takes = {key: value for key, value in settings.items() if key in own}
         used |= set(takes)
         if name == "partcrop" and not names:
             takes.setdefault("n_crops", CROPS)
-        swept = augmentations if _takes(attack, "augmentation") and "augmentation" not in takes else ()
+        swept = augmentations if "augmentation" in own and "augmentation" not in takes else ()
         made += [Attempt(name, queried, takes | {"augmentation": a}) for a in swept] or [Attempt(name, queried, takes)]
     if unknown := sorted(set(settings) - used):
         raise ValueError(f"none of {', '.join(wanted)} takes a parameter {unknown[0]!r}")
     if not made:
         raise ValueError(f"no attack fits this model: {'; '.join(skipped)}")
     return made, skipped
-
-
-def _takes(attack: Any, key: str) -> bool:
-    try:
-        return key in split_params(attack, {key: None})[0]
-    except ValueError:
-        return False
 
 
 def order_augmentations(own: str | None, given: Sequence[str]) -> list[str]:
