@@ -106,10 +106,10 @@ def resolve(
     static = attacker.attacker == "static"
     if static and target.defense is None and row.defense == "none":
         raise ValueError("attacker 'static' goes with a defense: name one, or attack a defended model")
-    knowledge, shadow = attacker.knowledge, attacker.shadow
+    knowledge, shadow = str(attacker.knowledge), attacker.shadow
     if row.id in _as_names(attacker.reference):
         raise ValueError(f"{row.id} can not be its own reference: name a model of other members")
-    if shadow is not None or str(knowledge).startswith("shadow"):
+    if shadow is not None or knowledge.startswith("shadow"):
         shadow = shadow or lab.shadow_of(target.id)
         if shadow is None:
             raise ValueError(f"profile {lab.name} has no shadow for {target.id}: add a model with role shadow")

@@ -178,6 +178,38 @@ def test_target_and_shadow_share_the_split_and_nothing_else(lab):
     assert not np.array_equal(first[0].detach(), first[1].detach())
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(study="../x"), "expected study to be a name"),
+        (dict(targets=None), "expected model ids, rows of lab.models.. or targets"),
+        (dict(targets=labs.Target("mae-target-s0", strength=3.0)), "strength 3.0 belongs to a defense"),
+        (dict(targets=labs.Target("mae-target-s0", "early-stopping", 1.7)), "checkpoint to be a whole number"),
+        (dict(targets=labs.Target("mae-target-s0", "early-stopping")), "checkpoint to be a whole number"),
+        (dict(n_nonmembers=-5), "n_nonmembers to be a whole number of at least 1, got -5"),
+        (dict(n_nonmembers=2.5), "n_nonmembers to be a whole number of at least 1, got 2.5"),
+        (dict(checkpoint=True), "checkpoint to be a whole number of at least 0, got True"),
+        (dict(checkpoint=99), "no checkpoint of epoch 99"),
+        (dict(shadow="mae-target-s0"), "expected a model with role shadow as shadow, got mae-target-s0, a target"),
+        (dict(reference="mae-target-s0"), "mae-target-s0 can not be its own reference"),
+        (dict(knowledge=None), "expected knowledge 'partial'"),
+        (dict(n_crops=0), "expected n_crops like 128 .at least 1., got 0"),
+        (dict(n_crops=2.5), "expected n_crops like 128 .at least 1., got 2.5"),
+        (dict(n_crops="4"), "expected n_crops like 128 .at least 1., got '4'"),
+        (dict(n_crops=True), "expected n_crops like 128 .at least 1., got True"),
+        (dict(crop_scale=0.1), "expected crop_scale like .0.08, 0.2., got 0.1"),
+        (dict(lr="x"), "expected lr like 0.001, got 'x'"),
+        (dict(epochs=float("nan")), "expected epochs like 100, got nan"),
+        (dict(n_crop=3), "takes no parameter 'n_crop'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(lab, given, said):
+    given = {"targets": "mae-target-s0", "study": "main", "controls": False} | given
+    with pytest.raises(ValueError, match=said) as error:
+        lab.run("partcrop", given.pop("targets"), **given)
+    assert "\n" not in str(error.value) and not list(paths.get_scores_dir("tiny").glob("partcrop*"))
+
+
 def test_what_is_missing_is_one_line(lab):
     with pytest.raises(ValueError, match="has no model 'mae-target'; close: mae-target-s0"):
         lab.run("partcrop", "mae-target", study="main")

@@ -74,7 +74,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--weights": dict(help="auto, ema, teacher, student, or a key of the file"),
     "--pooling": dict(choices=("cls", "mean")),
     "--size": dict(
-        type=make_type("pixels or HEIGHTxWIDTH", r"([1-9]\d*)(?:x([1-9]\d*))?", to_size),
+        type=make_type("pixels or HEIGHTxWIDTH", r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", to_size),
         help="pixels, or HEIGHTxWIDTH (default: the model's; of views 224)",
     ),
     "--void": dict(type=make_type("an id of pixels", r"\d{1,3}", int), help="id of unlabeled pixels in masks"),

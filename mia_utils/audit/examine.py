@@ -121,9 +121,12 @@ def _call(path: Path, name: str) -> Any:
         raise FileNotFoundError(f"no Python file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = getattr(module, name, None)
-    model = made() if callable(made) else None
+    try:
+        spec.loader.exec_module(module)
+        made = getattr(module, name, None)
+        model = made() if callable(made) else None
+    except (Exception, SystemExit) as error:  # theirs
+        raise ValueError(f"{path.name}:{name} failed: {type(error).__name__}: {error}") from error
     if not {"embed", "posteriors"} & set(getattr(model, "offers", ())):
         raise ValueError(f"{path.name}:{name} gave {type(model).__name__}: return what wrap() makes")
     return model

@@ -114,6 +114,8 @@ def read_folder(
     say_left_out(path, len(names), left_out)
     out, parts = part_names(names)
     class_names, labels = np.unique([p[0] if p else "all" for p in parts], return_inverse=True)
+    if size is not None and stream is None:
+        cache.check_memory((len(names), *size, 3))
     read, key = partial(read_image, size=size), (path.resolve(), size, n, seed)
     images = decode(read, [(path / name,) for name in names], title=path.name, stream=stream, key=key)
     return out | {

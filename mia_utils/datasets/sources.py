@@ -96,7 +96,7 @@ def load(
     height_width = None
     if size is not None:
         pair = [size] * 2 if isinstance(size, (int, np.integer)) else size
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_count, pair)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(_is_count(n) and n < 10_000 for n in pair):
             raise ValueError(f"expected size to be pixels or (height, width), got {size!r}")
         height_width = int(pair[0]), int(pair[1])
     if n is not None and not _is_count(n):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,7 +51,8 @@ class Privacy(TypedDict, total=False):
 
 FIT_OPTIONS = {"batch_size": Count, "lr": Rate, "weight_decay": Weight, "warmup": Share}
 FIT_OPTIONS |= {"checkpoints": list[Annotated[int, Field(ge=0)]], "precision": Literal[PRECISIONS], "privacy": Privacy}
-_ENCODER = {"dropout": Share, "drop_path": Share, "input_size": Count}
+Few = Annotated[int, Field(ge=0, le=64)]
+_ENCODER = {"dropout": Share, "drop_path": Share, "input_size": Annotated[int, Field(gt=0, le=1024)]}
 _MASKED = _ENCODER | {"mask_ratio": Annotated[float, Field(gt=0, lt=1)], "mean": _COLORS[Weight], "std": _COLORS[Rate]}
 _CONTRAST = _ENCODER | {"temperature": Rate, "momentum": Annotated[float, Field(ge=0, le=1)], "output_dim": Count}
 _SEGMENT = {"dropout": Share, "label_smoothing": Share, "mixup": Weight, "distill": Weight, "minmax": Weight}
@@ -64,10 +66,10 @@ _DECODER = {  # of the networks of segmentation-models-pytorch
     "decoder_aspp_dropout": Share,
 }  # fmt: skip
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "mae": _MASKED | dict.fromkeys(("decoder_dim", "decoder_depth", "decoder_heads"), Count) | {"norm_pix_loss": bool},
+    "mae": _MASKED | {"decoder_dim": Count, "decoder_depth": Few, "decoder_heads": Count, "norm_pix_loss": bool},
     "simmim": _MASKED,
     "dino": {key: value for key, value in _CONTRAST.items() if key != "temperature"}
-    | {"n_local": Annotated[int, Field(ge=0)], "teacher_temperature": Rate, "student_temperature": Rate}
+    | {"n_local": Few, "teacher_temperature": Rate, "student_temperature": Rate}
     | {"hidden_dim": Count, "bottleneck_dim": Count},
     "moco": _CONTRAST | {"hidden_dim": Count},
     "moco-v1": _CONTRAST | {"queue_size": Count, "bn_splits": Count},
@@ -87,6 +89,10 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_FAMILIES = {"mae": "vit_", "dino": "vit_", "moco": "vit_", "simmim": "vit_|swin_"}
+_FAMILIES |= dict.fromkeys(SEGMENTERS, r"(?!.*_(32|64)$)")  # those of the book are no encoders of theirs
+
+
 def find_wrong_option(row: Row) -> str | None:
     """Say which option of a row its method does not take, or not with this value."""
     known, options = FIT_OPTIONS | METHOD_OPTIONS[row.method], row.options
@@ -98,6 +104,10 @@ def find_wrong_option(row: Row) -> str | None:
         except ValidationError as error:
             where = ": ".join(["options", key, *map(str, error.errors()[0]["loc"])])
             return f"{where}: {explain(error)}"
+    if row.arch in ARCHS and not re.match(_FAMILIES.get(row.method, ""), row.arch):
+        return f"arch: {row.method} does not fit {row.arch}"
+    if (dim := options.get("decoder_dim", 0)) % (heads := options.get("decoder_heads", 4)):
+        return f"options: decoder_dim: expected a multiple of decoder_heads ({heads}), got {dim}"
     if late := [epoch for epoch in options.get("checkpoints", []) if epoch > row.epochs]:
         return f"options: checkpoints: expected epochs up to {row.epochs}, got {late[0]}"
     if options.get("queue_size", 0) > row.n_train // 2:

@@ -127,10 +127,11 @@ def find_missing_datasets(profile: Profile) -> dict[str, str]:
             wrong = None if name[7:].strip() else "expected folder:PATH, got 'folder:'"
             if not Path(name[7:]).expanduser().is_dir():
                 missing[name] = f"no folder {name[7:]}"
-        elif source not in known and not (folder.is_dir() or has_cache(source)):
+        elif not source or (source not in known and not (folder.is_dir() or has_cache(source))):
             wrong = f"unknown {name!r}{choices.suggest(name, known)}"
         else:
-            wrong = f"unknown {suffix!r}{choices.suggest(suffix, SUFFIXES)}" if suffix not in ("", *SUFFIXES) else None
+            fits = suffix in SUFFIXES or "@" not in name
+            wrong = None if fits else f"unknown {suffix!r}{choices.suggest(suffix, SUFFIXES)}"
             if source in PLACED and not (folder.is_dir() or has_cache(source)):
                 missing[name] = f"no folder {folder} and no cache {source}.npz beside it"
         if wrong:

@@ -49,7 +49,7 @@ class DataArguments(TypedDict, total=False):
 
     __pydantic_config__ = choices.STRICT
     size: Annotated[Any, AfterValidator(_check_size)]
-    n: Count
+    n: Annotated[int, Field(gt=0, le=100_000_000)]
     seed: Whole
     stream: bool
 
@@ -221,6 +221,13 @@ def _find_wrong_name(profile: Profile, name: str) -> str | None:
         return f"name: expected {name!r} (the file's name), got {profile.name!r}"
     if twice := [model_id for i, model_id in enumerate(ids) if model_id in ids[:i]]:
         return f"models: two rows have the id {twice[0]!r}; give each its own"
+    if len(set(profile.seeds)) < len(profile.seeds):
+        return f"seeds: expected different ones, got {profile.seeds}"
+    for name, given in profile.datasets.items():
+        if name.startswith("scenes") and not (type(size := given.get("size", 32)) is int and 16 <= size <= 512):
+            return f"datasets: {name}: size: expected a number from 16 to 512, got {size}"
+        if given.get("stream") and not name.startswith("folder:"):
+            return f"datasets: {name}: stream: goes with folder:PATH"
     if unknown := [dataset for dataset in profile.splits if dataset not in profile.datasets]:
         return f"splits: unknown data set {unknown[0]!r}{choices.suggest(unknown[0], profile.datasets)}"
     if profile.first is not None and profile.first not in ids:
