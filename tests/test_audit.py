@@ -380,6 +380,12 @@ def test_the_decoder_of_a_foreign_mae_is_attacked_too(pool, tmp_path):
         (["none.pth", "A", "A", "--set", "n_views"], "KEY=VALUE"),
         (["none.pth", "A", "A", "--fail-on", "rain"], "--fail-on"),
         (["none.pth"], "required"),
+        (["none.pth", "A", "A", "--size", "99999"], "HEIGHTxWIDTH"),
+        (["none.pth", "A", "A", "--out", ""], "a folder"),
+        (["none.pth", "A", "A", "--arch-args", "pretrained=True"], "reads weights from elsewhere"),
+        (["none.pth", "A", "A", "--arch-args", "checkpoint_path='/etc/passwd'"], "reads weights from elsewhere"),
+        (["views", "A", "--out", "B", "--n", "999999999"], "at least 1"),
+        (["outputs", "PIPE.npz", "A", "A"], "PIPE.npz can't be read (no file)"),
         (["none.pth", "", "A"], "suspected: expected a folder"),
         (["none.pth", "folder:", "A"], "suspected: expected a folder"),
         (["none.pth", "A", "A", "--mean", ".5,.5"], "one number or three"),
@@ -392,7 +398,9 @@ def test_the_decoder_of_a_foreign_mae_is_attacked_too(pool, tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(tmp_path, capsys, arguments, message):
-    arguments = [str(tmp_path) if part == "A" else part for part in arguments]
+    os.mkfifo(tmp_path / "PIPE.npz")
+    places = {"A": str(tmp_path), "PIPE.npz": str(tmp_path / "PIPE.npz")}
+    arguments = [places.get(part, part) for part in arguments]
     try:
         code = cli.main(arguments)
     except SystemExit as stop:

@@ -65,6 +65,8 @@ class Stored(battery.Attempt):
 def read_outputs(path: str | Path) -> dict[str, np.ndarray]:
     """Read vectors by the names of their views: an npz with ``names`` and ``features``, or a CSV of name, numbers."""
     path = Path(path)
+    if not path.is_file():  # a pipe or a device would block
+        raise ValueError(f"{path.name} can't be read (no file): names and features are expected")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:

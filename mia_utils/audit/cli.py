@@ -59,7 +59,7 @@ def to_names(text: str) -> list[str]:
 
 PAIRS = dict(type=make_type("KEY=VALUE", r"([a-zA-Z_]\w*)=(.*)", to_pair), action="append", default=[], metavar="K=V")
 COLORS = make_type("one number or three between commas", rf"{NUMBER}(?:,{NUMBER},{NUMBER})?", to_colors)
-COUNT = make_type("a number of at least 1", r"0*[1-9]\d*", int)
+COUNT = make_type("a number of at least 1 (and at most 99999)", r"0*[1-9]\d{0,4}", int)
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": dict(help="folder or file of weights, timm:NAME, or FILE.py:function that returns what wrap() makes"),
     "features": dict(help="npz with names and features, or CSV of name and numbers: what came back for the views"),
@@ -94,7 +94,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "--n": dict(type=COUNT, default=10, help="views of an image"),
     "-k": dict(type=COUNT, default=20, help="twins of an image, of which one is published"),
-    "--out": dict(type=Path, help="folder to write to (an audit: report.html, audit.json, scores.csv)"),
+    "--out": dict(
+        type=make_type("a folder", r"\s*\S.*", Path),
+        help="folder to write to (an audit: report.html, audit.json, scores.csv)",
+    ),
     "--json": dict(action="store_true", help="print audit.json instead of text"),
     "--fail-on": dict(type=to_names, default=list(CODES), help="findings with an exit code above 0 (default: all)"),
     "--check": dict(action="store_true", help="open everything, say what was understood and how long it takes, stop"),
@@ -144,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"expected --fail-on among {', '.join(CODES)} or never, got {', '.join(sorted(wrong))}")
     try:
         return run_audit(o, shlex.join(["mia-audit", *argv])) if hasattr(o, "reference") else run_other(o, command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -268,6 +268,8 @@ def open(  # noqa: A001 - encoders.open is the public name
         Encoder. What does not fit or can't be told raises one line (ValueError, FileNotFoundError) with the way out.
     """
     text, changes, facts, told, decoder = str(spec), dict(arch_args or {}), Facts(), {}, None
+    if elsewhere := [key for key in changes if key.startswith(("pretrained", "checkpoint", "cache_dir"))]:
+        raise ValueError(f"arch_args: {elsewhere[0]} reads weights from elsewhere: give the file itself")
     shape, source = None if size is None else to_shape(size), READ
     if text.startswith("timm:"):
         arch = name = text[5:]
