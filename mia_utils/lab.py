@@ -46,6 +46,8 @@ class Lab:
         """Return the models whose fields equal the filters; defended ones where ``defense`` or ``study`` is named."""
         if not {"defense", "study"} & set(filters):
             filters["defense"] = "none"
+        if unknown := filters.keys() - {*(known := (*Row.model_fields, "strength"))}:
+            raise ValueError(f"models: unknown field {min(unknown)!r}: expected some of {', '.join(known)}")
         return [row for row in self.profile.models if all(getattr(row, k) == v for k, v in filters.items())]
 
     def target(self, model_id: str, *, defense: str | None = None, strength: Any = None) -> list[Target]:
@@ -176,7 +178,8 @@ class Lab:
 
         def make(into: Path) -> dict:
             run, pool, split = self.model(model_id), self.pool(row.dataset), self.split(model_id)
-            model = run.encoder_at(int(strength) if defense == "early-stopping" else None)
+            epoch = -1 if strength is None else strength  # which no model has
+            model = run.encoder_at(epoch if defense == "early-stopping" else None)
             model = calls.defend(model, Target(model_id, defense, strength), seed=row.seed)
             if row.method in profiles.SEGMENTERS:
                 members, nonmembers = train.get_sides(row, split)
@@ -217,6 +220,8 @@ class Lab:
 
     def scores(self, row: Any) -> list[Result]:
         """Return the scores behind a row of the table, one result a seed (its controls with it)."""
+        if not isinstance(row, dict | pd.Series) or "key" not in row:
+            raise ValueError(f"expected a row of lab.results, got {type(row).__name__}")
         return [self.store.load(key) for key in str(row["key"]).split(";")]
 
 

@@ -217,6 +217,12 @@ def test_what_is_missing_is_one_line(lab):
         lab.run("nothing", "mae-target-s0", study="main")
     with pytest.raises(ValueError, match="takes no parameter 'n_crop'; allowed"):
         lab.run("partcrop", "mae-target-s0", n_crop=3, study="main")
+    with pytest.raises(ValueError, match="models: unknown field 'metod': expected some of id, role"):
+        lab.models(metod="mae")
+    with pytest.raises(ValueError, match="expected a row of lab.results, got int"):
+        lab.scores(3)
+    with pytest.raises(ValueError, match="no checkpoint of epoch -1"):
+        lab.measure("mae-target-s0", defense="early-stopping")
 
 
 def test_defenses_of_the_output_early_stopping_and_the_static_attacker(lab):
