@@ -157,10 +157,12 @@ def fit(
 
     # where it stands
     step, spent, history, states = 0, 0.0, [], {}
-    # the same settings on other images are another training
-    seen = np.ascontiguousarray(images[:: max(len(images) // 64, 1)])
-    identity = settings | {"images": hashlib.blake2b(seen, digest_size=8).hexdigest()}
-    resume = ResumeFile(resume_path, identity) if resume_path else None
+    resume = None
+    if resume_path:  # the same settings on other images are another training
+        seen, some = hashlib.blake2b(digest_size=8), images[:: max(len(images) // 64, 1)]
+        for start in range(0, len(some), batch_size):  # streamed images are never decoded all at once
+            seen.update(np.ascontiguousarray(some[start : start + batch_size]))
+        resume = ResumeFile(resume_path, settings | {"images": seen.hexdigest()})
     if resume and (saved := resume.read(model, fabric.device)):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])

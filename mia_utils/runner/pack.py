@@ -27,9 +27,15 @@ def pack(profile: str, file: Path) -> int:
     def write(handle) -> None:
         with tarfile.open(fileobj=handle, mode="w") as tar:
             for name, path in sorted(sources.items()):
-                tar.add(path, name, filter=lambda entry: entry.replace(uid=0, gid=0, uname="", gname=""))
+                tar.add(path, name, filter=_forget_owner)
 
     return paths.write_atomic(file, write).stat().st_size
+
+
+def _forget_owner(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry
 
 
 def unpack(file: Path) -> tuple[int, int]:
