@@ -15,9 +15,9 @@ from mia_utils.models import checkpoints, encoders
 from mia_utils.pretrain import foreign
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-NORMALIZED = (IMAGES - torch.tensor(encoders.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
-    encoders.IMAGENET_STD
-).view(3, 1, 1)
+NORMALIZED = (IMAGES - torch.tensor(encoders.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(encoders.IMAGENET_STD).view(
+    3, 1, 1
+)
 
 
 def make_vit(seed=0, **settings):

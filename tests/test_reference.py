@@ -76,7 +76,15 @@ def compute_slowly(s, refs, inside, kind, variance="global", gamma=1.0, strength
 @pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("log-ratio", {}), ("midpoint", {}), ("lira", {}), ("lira", {"variance": "image"}), ("rmia", {}), ("rmia", {"gamma": 2.0}), ("bayes", {})],
+    [
+        ("log-ratio", {}),
+        ("midpoint", {}),
+        ("lira", {}),
+        ("lira", {"variance": "image"}),
+        ("rmia", {}),
+        ("rmia", {"gamma": 2.0}),
+        ("bayes", {}),
+    ],
 )
 def test_every_kind_equals_the_naive_loop(toy, kind, options, online):
     s, refs, inside = toy

@@ -137,9 +137,7 @@ def test_each_network_answers_trains_a_step_and_comes_back_from_disk(arch, tmp_p
     images, masks = to_tensors(*make_batch())
     method.train()
     optimizer = torch.optim.AdamW(method.parameters(), lr=defaults["lr"])
-    loss = method.loss(
-        images, labels=masks, augmentation="crop", size=None, rng=np.random.default_rng(0), progress=0.0
-    )
+    loss = method.loss(images, labels=masks, augmentation="crop", size=None, rng=np.random.default_rng(0), progress=0.0)
     loss.backward()
     optimizer.step()
     method.after_step(1.0)
