@@ -93,14 +93,14 @@ def tabulate(
     columns = dict.fromkeys(["study", *FACTS, *NUMBERS, *(name for row in every for name in row)])
     same = [name for name in columns if name not in {*NUMBERS, "seed", "key", "split", "clear", "model_id"}]
     first = ["study", *FACTS, "seed", "n_seeds", "auc", "auc_low", "auc_high", "verdict"]
-    experiments: dict[tuple, dict[Any, dict]] = {}
+    experiments, facts = {}, set(same)
     for study, keys in studies.items():
         if lost := [key for key in keys if key not in found]:  # a mean over fewer seeds is another number
             print(f"study {study}: no scores {', '.join(lost[:3])}: run its notebook again", flush=True)
         for row in (row for key in dict.fromkeys(keys) for row in found.get(key, ())):
             row = {"study": study, **row}
             # by seed: one evaluation, asked for under two spellings, stands once
-            experiments.setdefault(_place(row, same), {})[row.get("seed")] = row
+            experiments.setdefault(_place(row, facts), {})[row.get("seed")] = row
     rejected, table = _find_rejected(every), []
     for seeds in experiments.values():
         own = [row | {"n_seeds": 1, "rejected": row["key"] in rejected} for row in seeds.values()]
@@ -113,7 +113,7 @@ def tabulate(
             whole |= merge(keys, own[0]["control"]) | {"key": ";".join(keys), "n_seeds": len(own), "seed": None}
             table.append(whole | {"rejected": any(row["rejected"] for row in own)})
         table += own
-    cells = [name for name in (*same, "seed") if name != "control"]
+    cells = {*same, "seed"} - {"control"}
     blind = {_place(row, cells): row for row in table if row["control"] == "no-model"}
     for row in table:
         beside = None if row["control"] else blind.get(_place(row, cells))
@@ -126,10 +126,10 @@ def tabulate(
     return frame[[*first, *(name for name in frame if name not in {*first, "clear"})]]
 
 
-def _place(row: dict[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+def _place(row: dict[str, Any], names: set[str]) -> frozenset[tuple[str, str]]:
     """What a row says of some columns; an empty fact is one fact however it was written."""
-    values = (row.get(name) for name in names)
-    return tuple("" if value is None or value != value else str(value) for value in values)  # NaN differs from itself
+    given = ((k, str(v)) for k, v in row.items() if k in names and v is not None and v == v)  # NaN differs from itself
+    return frozenset(fact for fact in given if fact[1])
 
 
 def _find_rejected(rows: list[dict]) -> set[str]:
