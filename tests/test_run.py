@@ -41,41 +41,97 @@ def call(*arguments: str, cwd: Path | None = None, **environment: str) -> subpro
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
 
 
-def refuse(*arguments: str, **environment: str) -> str:
+@pytest.fixture
+def refuse(capsys, monkeypatch):
     """Run a command that must be refused with one line before anything is done; returns the line."""
-    before = sorted(paths.get_home().rglob("*"))
-    done = call(*arguments, **environment)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert sorted(p for p in paths.get_home().rglob("*") if p.suffix != ".tmp") == before
-    return done.stderr
+
+    def refuse(*arguments: str, **environment: str) -> str:
+        before = sorted(paths.get_home().rglob("*"))
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            code = run.main([*arguments])
+        said = capsys.readouterr()
+        assert code == 2, said.out + said.err
+        assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+        assert sorted(p for p in paths.get_home().rglob("*") if p.suffix != ".tmp") == before
+        return said.err
+
+    return refuse
 
 
-def test_a_run_echoes_findings_names_a_failure_and_goes_on(home):
-    write_notebook(
-        home / "notebooks/00_start.ipynb", PARAMETERS, "print('words')\nprint('FINDING 00 n is', profile, n)"
+DATA = "datasets: {scenes: {size: 32, n: 200}}\nsplit: {n_nonmembers: 60, n_shadow_nonmembers: 20}"
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A run of one row and three notebooks, one of which fails: (finished process, working folder, planned rows).
+
+    In a path with braces, with a broken startup file, another kernel of the user's and a narrow umask.
+    """
+    folder = tmp_path_factory.mktemp("a home")
+    home = folder / "a {b} {0}"
+    cells = {"00_start": ["print('words')\nprint('FINDING 00 n is', profile, n)"]}
+    cells |= {"01_bad": ["x = 1", "raise ValueError('expected 3, got 2')"]}
+    cells |= {"08_end": ["import sys\nprint('FINDING 08', sys.executable)"]}
+    for name, sources in cells.items():
+        write_notebook(home / f"notebooks/{name}.ipynb", PARAMETERS, *sources)
+    write_profile(
+        home, f"first: a\nnotebooks: {{00_start: {{n: 5}}}}\n{DATA}", rows=[ROW.format(id="a", dataset="scenes")]
     )
-    write_notebook(home / "notebooks/01_bad.ipynb", PARAMETERS, "x = 1", "raise ValueError('expected 3, got 2')")
-    write_notebook(home / "notebooks/08_end.ipynb", PARAMETERS, "import sys\nprint('FINDING 08', sys.executable)")
-    write_profile(home, "notebooks: {00_start: {n: 5}}")
-    done = call("tiny", cwd=home)
+    startup, other = folder / "user/profile_default/startup/00.py", folder / "jupyter/kernels/python3/kernel.json"
+    for path, text in ((startup, "raise SystemExit(3)"), (other, '{"argv": ["/bin/false"], "display_name": "x"}')):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("IPYTHONDIR", "user"), ("JUPYTER_PATH", "jupyter"), ("MIA_HOME", home.name)):
+            patch.setenv(name, str(folder / value))
+        patch.delenv("MIA_DATA_DIR", raising=False)
+        patch.delenv("MIA_ARTIFACTS", raising=False)
+        planned, previous = make_plan("tiny"), os.umask(0o077)
+        try:
+            return call("tiny", cwd=home), home, planned
+        finally:
+            os.umask(previous)
+
+
+def test_a_run_echoes_findings_names_a_failure_and_goes_on(ran):
+    done, home, _ = ran
     lines = done.stdout.splitlines()
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.fullmatch(
-        r"profile tiny: 0 models to train \(0 of 0 done\), 3 notebooks, about \d+ (minute|hour)s?", lines[0]
+        r"profile tiny: 1 model to train \(0 of 1 done\), 3 notebooks, about \d+ (minute|hour)s?", lines[0]
     )
     assert lines[1].startswith("safe to stop at any time, it resumes")
     assert "00 n is tiny 5" in lines
     failed = "failed: 01_bad, section 'Part 2': ValueError: expected 3, got 2; log build/tiny/logs/01_bad.log"
     assert failed in lines
-    assert lines[-2] == f"08 {sys.executable}"  # last of all, although 01 failed, in a kernel of this environment
     assert lines[-1].startswith("figures/tiny/index.html")
     executed = json.loads((home / "build/tiny/01_bad.ipynb").read_text())  # survives its failure, for reading
     assert any(cell.get("outputs") for cell in executed["cells"])
     assert "expected 3, got 2" in (home / "build/tiny/logs/01_bad.log").read_text()
 
 
-def test_after_kill_9_of_the_group_the_same_command_goes_on(home):
+def test_a_path_with_braces_a_broken_startup_file_another_kernel_and_a_narrow_umask_change_nothing(ran):
+    lines = ran[0].stdout.splitlines()
+    assert lines[-2] == f"08 {sys.executable}"  # last of all, although 01 failed, in a kernel of this environment
+
+
+def test_a_row_is_trained_once_and_found_by_the_next_run(ran, monkeypatch, capsys):
+    done, home, planned = ran
+    assert [row.id for row in planned.missing] == ["a"]
+    assert any(line.startswith("trained a (") and line.endswith(" 1/1") for line in done.stdout.splitlines())
+    monkeypatch.setenv("MIA_HOME", str(home))
+    monkeypatch.delenv("MIA_DATA_DIR", raising=False)
+    again = make_plan("tiny")
+    assert not again.missing and again.done["a"].parent == home / "data/artifacts"
+    assert run.main(["tiny", "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 models to train, 0.00 GB" in shown
+    assert "a         done" in shown
+
+
+def test_after_kill_9_of_the_group_the_same_command_goes_on(home, capsys):
     slow = "import time, pathlib\npathlib.Path('started').touch()\n"
     slow += "time.sleep(0 if pathlib.Path('go').exists() else 600)"
     write_notebook(home / "notebooks/00_slow.ipynb", PARAMETERS, slow, "print('FINDING 00 through')")
@@ -84,10 +140,9 @@ def test_after_kill_9_of_the_group_the_same_command_goes_on(home):
     killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_for((home / "notebooks/started").exists)
-        second = call("tiny")  # while it runs, another one is refused
-        assert second.returncode == 2
-        assert second.stderr.startswith("error: profile tiny is being run by another process")
-        assert second.stderr.count("\n") == 1
+        assert run.main(["tiny"]) == 2  # while it runs, another one is refused
+        said = capsys.readouterr().err
+        assert said.startswith("error: profile tiny is being run by another process") and said.count("\n") == 1
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
@@ -95,23 +150,6 @@ def test_after_kill_9_of_the_group_the_same_command_goes_on(home):
     done = call("tiny")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "00 through" in done.stdout.splitlines()
-
-
-def test_a_row_is_trained_once_and_found_by_the_next_run(home):
-    data = "first: a\ndatasets: {scenes: {size: 32, n: 200}}\nsplit: {n_nonmembers: 60, n_shadow_nonmembers: 20}"
-    write_profile(home, data, rows=[ROW.format(id="a", dataset="scenes")])
-    (home / "notebooks").mkdir()
-    plan = make_plan("tiny")
-    assert [row.id for row in plan.missing] == ["a"]
-    first = call("tiny")
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert first.stdout.splitlines()[0].startswith("profile tiny: 1 model to train (0 of 1 done)")
-    assert any(line.startswith("trained a (") and line.endswith(" 1/1") for line in first.stdout.splitlines())
-    again = make_plan("tiny")
-    assert not again.missing and again.done["a"].parent == home / "data/artifacts"
-    shown = call("tiny", "--plan").stdout
-    assert "0 models to train, 0.00 GB" in shown
-    assert "a         done" in shown
 
 
 @pytest.mark.parametrize(
@@ -140,7 +178,7 @@ def wait_for(condition, seconds: float = 240.0) -> None:
         time.sleep(0.1)
 
 
-def test_bad_input_is_one_line_before_any_work(home):
+def test_bad_input_is_one_line_before_any_work(home, refuse):
     write_notebook(home / "notebooks/00_a.ipynb", PARAMETERS, "1")
     write_profile(home)
     write_profile(home, "notebooks: {00_a: {m: 4}}", name="unknown-key")
@@ -148,10 +186,12 @@ def test_bad_input_is_one_line_before_any_work(home):
     write_profile(home, "notebooks: {07_b: {n: 1}}", name="no-notebook")
     lost = [ROW.format(id="a", dataset="cityscapes")]
     write_profile(home, "datasets: {cityscapes: {}}", rows=lost, name="no-data")
-    assert "unknown profile 'qick': expected one of" in refuse("qick")
+    done = call("qick")  # the command itself; all others are its Python
+    assert done.returncode == 2 and done.stderr == refuse("qick")
+    assert "unknown profile 'qick': expected one of" in done.stderr
     assert "unknown notebook '05': expected one of 00" in refuse("tiny", "05")
     assert "unknown notebook '³': expected one of 00" in refuse("tiny", "³")
-    assert "MIA_HOME: expected a folder, got an empty text" in call("tiny", MIA_HOME="").stderr
+    assert "MIA_HOME: expected a folder, got an empty text" in refuse("tiny", MIA_HOME="")
     assert "OMP_NUM_THREADS: expected a number of at least 1, got 'abc'" in refuse("tiny", OMP_NUM_THREADS="abc")
     assert "unknown option '--pln'" in refuse("tiny", "--pln")
     assert "profiles/unknown-key.yaml: notebooks: 00_a: unknown key 'm' (known: profile, n)" in refuse("unknown-key")
@@ -170,15 +210,15 @@ def test_too_little_space_is_refused_with_both_numbers(home):
         run.check_data_folder(1e15)
 
 
-def test_a_missing_data_set_skips_its_rows_only(home):
+def test_a_missing_data_set_skips_its_rows_only(home, capsys):
     rows = [ROW.format(id="here", dataset="scenes"), ROW.format(id="lost", dataset="tiny_imagenet")]
     write_profile(home, "datasets: {scenes: {n: 3500}, tiny_imagenet: {}}", rows=rows)
     (home / "notebooks").mkdir()  # none: the project's own ask for their own rows
-    done = call("tiny", "--plan")
-    assert done.returncode == 0, done.stderr
+    assert run.main(["tiny", "--plan"]) == 0
+    shown = capsys.readouterr().out
     expected = f"skipped: tiny_imagenet, no folder {home / 'data/raw/tiny-imagenet-200'} and no cache"
-    assert done.stdout.splitlines()[0].startswith(expected)
-    assert "lost      skipped" in done.stdout and "here      to train" in done.stdout
+    assert shown.splitlines()[0].startswith(expected)
+    assert "lost      skipped" in shown and "here      to train" in shown
     (home / "data/raw/tiny-imagenet-200").mkdir(parents=True)
     assert make_plan("tiny").skipped == {}
 
@@ -217,25 +257,6 @@ def test_an_architecture_is_known_before_any_work(home, method, arch, said):
     else:
         with pytest.raises(ValueError, match=re.escape(said)):
             make_plan("tiny")
-
-
-def test_a_path_with_braces_a_broken_startup_file_another_kernel_and_a_narrow_umask_change_nothing(home):
-    moved = home / "a {b} {0}"
-    write_notebook(moved / "notebooks/00_a.ipynb", PARAMETERS, "import sys; print('FINDING 00', n, sys.executable)")
-    (moved / "profiles").mkdir()
-    (moved / "profiles/tiny.yaml").write_text("name: tiny\n")
-    startup, other = home / "user/profile_default/startup/00.py", home / "jupyter/kernels/python3/kernel.json"
-    for path, text in ((startup, "raise SystemExit(3)"), (other, '{"argv": ["/bin/false"], "display_name": "x"}')):
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
-    user = {"IPYTHONDIR": str(home / "user"), "JUPYTER_PATH": str(home / "jupyter"), "MIA_HOME": str(moved)}
-    previous = os.umask(0o077)
-    try:
-        done = call("tiny", **user)
-    finally:
-        os.umask(previous)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"00 3 {sys.executable}" in done.stdout.splitlines()
 
 
 def test_a_plan_writes_nothing_and_needs_no_torch(home):
@@ -300,7 +321,7 @@ def test_the_engines_own_arguments_win():
     assert {"--nolock", "--rerun-incomplete", "--keep-going"} < set(engine.get_command(plan, []))
 
 
-def test_what_the_engine_would_refuse_is_one_line_before_any_work(home):
+def test_what_the_engine_would_refuse_is_one_line_before_any_work(home, refuse):
     write_notebook(home / "notebooks/00_a.ipynb", PARAMETERS, "1")
     write_profile(home)
     for name, value in (("cores", 0), ("jobs", -1)):
