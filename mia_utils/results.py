@@ -198,6 +198,7 @@ class Store:
     def __init__(self, profile: str):
         self.folder, self.archive = paths.get_scores_dir(profile), paths.get_results_dir() / f"{profile}.npz"
         self._packed: tuple[float, Any, dict[str, Any]] | None = None  # time, open archive, index
+        self._read: dict[str, tuple[tuple[int, int], list[dict[str, Any]]]] = {}  # rows of files as they are now
 
     def _open_archive(self) -> tuple[Any, dict[str, Any]]:
         """Arrays and index of the archive, opened once: to list 3,000 members of a zip file takes a while."""
@@ -221,9 +222,15 @@ class Store:
         path = self.folder / f"{key}.npz"
         if not path.is_file():
             return self._open_archive()[1]["rows"].get(key)
+        stat = path.stat()
+        stamp = stat.st_mtime_ns, stat.st_size
+        if key in self._read and self._read[key][0] == stamp:
+            return self._read[key][1]
         try:
             with np.load(path, allow_pickle=False) as file:
-                return _read_rows(path, file)
+                rows = _read_rows(path, file)
+            self._read[key] = stamp, rows
+            return rows
         except Exception as error:
             told = " ".join(str(error).split())[:160]
             print(f"scores {path.name} are damaged ({told}): computed again", flush=True)

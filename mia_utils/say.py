@@ -102,7 +102,7 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
     top, low = own.loc[own["auc"].idxmax()], own.loc[own["auc"].idxmin()]
     lead = f"{what}: " if what else ""
     if not _apart(top, low):
-        return f"{lead}{'n' if lead else 'N'}o choice is clearly better: AUC {_auc(low)} to {_auc(top)}"
+        return f"{lead}{'n' if lead else 'N'}o choice is clearly better, AUC {_auc(low)} to {_auc(top)}"
     return f"{lead}AUC {_auc(top)} with {label_of(top[by])}, {_auc(low)} with {label_of(low[by])}"
 
 

@@ -43,6 +43,15 @@ def done(lab_home, tmp_path_factory):  # noqa: F811
     return folder
 
 
+@pytest.fixture(scope="module")
+def expected(done):
+    """What is read where nothing was damaged."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIA_HOME", str(done))
+        patch.delenv("MIA_DATA_DIR", raising=False)
+        return read()
+
+
 @pytest.fixture
 def home(done, monkeypatch):
     monkeypatch.setenv("MIA_HOME", str(done))
@@ -102,9 +111,9 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_damaged_file_gives_the_same_numbers_or_one_line(home, kind, capsys):
+def test_a_damaged_file_gives_the_same_numbers_or_one_line(home, expected, kind, capsys):
     path, other = (sorted((home / "data").glob(pattern))[0] for pattern in FILES[kind])
-    expected, whole = read(), path.read_bytes()
+    whole = path.read_bytes()
     for how, content in damage(path, other.read_bytes()).items():
         path.write_bytes(content)
         capsys.readouterr()

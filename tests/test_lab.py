@@ -134,23 +134,23 @@ def test_packed_results_are_the_same_table_and_the_same_bytes(lab):
     assert not list(paths.get_scores_dir("tiny").glob("*.npz"))
 
 
-@pytest.mark.parametrize("place", [0.05, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize("how", ["flip", "cut", "empty"])
-def test_a_damaged_score_file_gives_the_same_numbers_or_one_line(lab, place, how, capsys):
+def test_a_damaged_score_file_gives_the_same_numbers_or_one_line(lab, how):
     lab.run("lpla", "mae-target-s0", study="main")
     want = own(lab)["auc"].iloc[0]
     (path,) = paths.get_scores_dir("tiny").glob("*.npz")
-    content = bytearray(path.read_bytes())
-    at = int(len(content) * place)
-    content[at] ^= 0xFF
-    path.write_bytes({"flip": bytes(content), "cut": bytes(content[:at]), "empty": b""}[how])
-    again = labs.open("tiny")
-    again.run("lpla", "mae-target-s0", study="main")
-    assert own(again)["auc"].iloc[0] == want
-    try:
-        assert score(again).auc == want
-    except ValueError as error:  # named, never a wrong number
-        assert "run its notebook again" in str(error)
+    for place in (0.05, 0.3, 0.6, 0.95) if how != "empty" else (0,):
+        content = bytearray(path.read_bytes())
+        at = int(len(content) * place)
+        content[at] ^= 0xFF
+        path.write_bytes({"flip": bytes(content), "cut": bytes(content[:at]), "empty": b""}[how])
+        again = labs.open("tiny")
+        again.run("lpla", "mae-target-s0", study="main")
+        assert own(again)["auc"].iloc[0] == want, place
+        try:
+            assert score(again).auc == want, place
+        except ValueError as error:  # named, never a wrong number
+            assert "run its notebook again" in str(error)
 
 
 def test_a_damaged_archive_is_one_line(lab):

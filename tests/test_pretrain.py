@@ -68,14 +68,14 @@ def test_dino_moves_its_teacher_and_keeps_it(pictures):
 )
 def test_a_killed_training_resumes_to_the_same_weights(pictures, tmp_path, method, arch):
     """Also what is no weight: the queue of keys, batch norm's statistics, the momentum encoder."""
-    settings = dict(arch=arch, epochs=6, batch_size=8, progress=False, **QUEUE.get(method, {}))
+    settings = dict(arch=arch, epochs=3, batch_size=8, progress=False, **QUEUE.get(method, {}))
     name = method.removesuffix("-split")
     fit = lambda **extra: pretrain.fit(name, pictures[0][:24], **settings, **extra)  # noqa: E731
     whole = fit()
-    fit(resume_path=tmp_path / "resume.pt", stop_after=7)  # of 18: after the first of three steps of an epoch
+    fit(resume_path=tmp_path / "resume.pt", stop_after=4)  # of 9: after the first of three steps of an epoch
     resumed = fit(resume_path=tmp_path / "resume.pt")
-    for key, value in whole.states[6].items():
-        assert torch.equal(value, resumed.states[6][key]), key
+    for key, value in whole.states[3].items():
+        assert torch.equal(value, resumed.states[3][key]), key
     assert whole.history.drop(columns="seconds").equals(resumed.history.drop(columns="seconds"))
 
 
@@ -164,22 +164,28 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def undamaged(pictures, tmp_path_factory):
+    """A training of two epochs, and the resume state of its third of four steps."""
+    path, settings = tmp_path_factory.mktemp("undamaged") / "resume.pt", dict(epochs=2, batch_size=8, **TINY)
+    pretrain.fit("mae", pictures[0][:16], stop_after=3, resume_path=path, **settings)
+    return pretrain.fit("mae", pictures[0][:16], **settings), path.read_bytes()
+
+
 @pytest.mark.parametrize("damage", [*DAMAGE, "other shape", "old layout"])
-def test_a_damaged_resume_state_is_said_and_the_training_starts_over(pictures, tmp_path, capsys, damage):
+def test_a_damaged_resume_state_is_said_and_the_training_starts_over(pictures, undamaged, tmp_path, capsys, damage):
+    whole, content = undamaged
     path, settings = tmp_path / "resume.pt", dict(epochs=2, batch_size=8, resume_path=tmp_path / "resume.pt", **TINY)
-    pretrain.fit("mae", pictures[0][:16], stop_after=3, **settings)
-    if damage in DAMAGE:
-        path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    else:
+    path.write_bytes(DAMAGE.get(damage, bytes)(content))
+    if damage not in DAMAGE:
         saved = torch.load(path, weights_only=True)
         if damage == "other shape":
             saved["model"]["backbone.norm.weight"] = torch.ones(3)
-            whole = run_module.ResumeFile(path, {})
-            whole.settings = saved["settings"]
-            whole.write(saved)  # sound, but not of this model
+            file = run_module.ResumeFile(path, {})
+            file.settings = saved["settings"]
+            file.write(saved)  # sound, but not of this model
         else:
             torch.save({"epoch": 1}, path)
-    whole = pretrain.fit("mae", pictures[0][:16], epochs=2, batch_size=8, **TINY)
     run = pretrain.fit("mae", pictures[0][:16], **settings)
     assert all(torch.equal(value, run.states[2][key]) for key, value in whole.states[2].items())
     (line,) = capsys.readouterr().out.splitlines()

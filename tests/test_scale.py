@@ -2,8 +2,8 @@
 
 import os
 import pickle
+import runpy
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_drill import kill_in_child
+from torch import nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher import api
 
 from mia_utils import pretrain, seeds
 from mia_utils.datasets import scenes
-from mia_utils.pretrain import distributed, inputs, mae, moco
+from mia_utils.pretrain import distributed, inputs, mae, moco, simclr
 from mia_utils.runner import artifacts, profiles, train
 
 ARCH = "vit_nano_patch8_32"
@@ -23,18 +27,12 @@ TINY = dict(arch=ARCH, progress=False)
 # the images of its own process only
 CONTRASTIVE = {"plain-simclr": {}, "plain-moco": {}, "moco-v2": {"queue_size": 10}}
 
-COMMON = """
-import pickle, sys
-import torch
-torch.set_num_threads(1)
-from torch import nn
-from mia_utils import pretrain
-from mia_utils.pretrain import mae, moco, simclr
 
 class PlainSimCLR(simclr.SimCLR):
     def __init__(self, backbone, *, input_size):
         super().__init__(backbone, input_size=input_size)
         self.head = nn.Linear(64, 16)
+
 
 class PlainMoCo(moco.MoCo):
     def __init__(self, backbone, *, input_size):
@@ -44,43 +42,42 @@ class PlainMoCo(moco.MoCo):
         self.projector_momentum.load_state_dict(self.projector.state_dict())
         self.projector_momentum.requires_grad_(False)
 
-for name, method in (("plain-simclr", PlainSimCLR), ("plain-moco", PlainMoCo)):
-    pretrain.register(name, method, lr=1e-3, weight_decay=0.05, batch_size=8, augmentation="simclr-weak")
 
-def fit_contrastive(images, contrastive):
-    settings = dict(arch="vit_nano_patch8_32", epochs=2, batch_size=8, progress=False, heldout=images[24:])
-    return {name: pretrain.fit(name, images[:24], **settings, **options) for name, options in contrastive.items()}
-"""
+PLAIN = {"plain-simclr": PlainSimCLR, "plain-moco": PlainMoCo}
 
-# one process of torchrun: the very command, then what has no row, then what it can't do
-WORKER = (
-    COMMON
-    + """
-import runpy
-from mia_utils.pretrain import distributed
 
-folder = sys.argv[1]
-sys.argv = ["train", "tiny", "mae", "dino"]
-try:
-    runpy.run_module("mia_utils.runner.train", run_name="__main__")
-except SystemExit as end:
-    assert end.code == 0
-images, contrastive = pickle.load(open(folder + "/in.pkl", "rb"))
-runs = fit_contrastive(images, contrastive)
-settings = dict(arch="vit_nano_patch8_32", epochs=2, batch_size=8, progress=False, resume_path=folder + "/resume.pt")
-pretrain.fit("mae", images[:24], stop_after=4, **settings)
-runs["resumed"] = pretrain.fit("mae", images[:24], **settings)
-refused = []
-for settings in (dict(batch_size=7), dict(batch_size=8, privacy={"epsilon": 8.0})):
+def fit_contrastive(images: np.ndarray) -> dict[str, pretrain.Run]:
+    settings = dict(arch=ARCH, epochs=2, batch_size=8, progress=False, heldout=images[24:])
+    for name, method in PLAIN.items():
+        pretrain.register(name, method, lr=1e-3, weight_decay=0.05, batch_size=8, augmentation="simclr-weak")
     try:
-        pretrain.fit("mae", images, arch="vit_nano_patch8_32", epochs=1, **settings)
-    except ValueError as error:
-        refused.append(str(error))
-if distributed.get_rank() == 0:
-    made = {name: (run.history, run.states) for name, run in runs.items()}
-    pickle.dump((made, refused), open(folder + "/out.pkl", "wb"))
-"""
-)
+        return {name: pretrain.fit(name, images[:24], **settings, **options) for name, options in CONTRASTIVE.items()}
+    finally:
+        for name in PLAIN:
+            del pretrain.METHODS[name]
+
+
+def work(folder: Path, images: np.ndarray) -> None:
+    """One process of torchrun: the very command, then what has no row, then what it can't do."""
+    sys.argv = ["train", "tiny", "mae", "dino"]
+    try:
+        runpy.run_module("mia_utils.runner.train", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0
+    runs = fit_contrastive(images)
+    settings = dict(epochs=2, batch_size=8, resume_path=folder / "resume.pt", **TINY)
+    pretrain.fit("mae", images[:24], stop_after=4, **settings)
+    runs["resumed"] = pretrain.fit("mae", images[:24], **settings)
+    refused = []
+    for settings in (dict(batch_size=7), dict(batch_size=8, privacy={"epsilon": 8.0})):
+        try:
+            pretrain.fit("mae", images, arch=ARCH, epochs=1, **settings)
+        except ValueError as error:
+            refused.append(str(error))
+    if distributed.get_rank() == 0:
+        made = {name: (run.history, run.states) for name, run in runs.items()}
+        (folder / "out.pkl").write_bytes(pickle.dumps((made, refused)))
+
 
 PROFILE = """
 name: tiny
@@ -131,27 +128,38 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, pictures):
-    """What two processes of torchrun printed and made: (finished process, working folder, contrastive, refused)."""
+    """What two processes of torchrun printed and made: (lines, working folder, contrastive, refused).
+
+    torchrun's own agent starts them, as forks of this process: they have imported everything.
+    """
     home = tmp_path_factory.mktemp("two")
     write_profile(home, dict(id="mae", method="mae"), dict(id="dino", method="dino"))
-    (home / "worker.py").write_text(WORKER)
-    (home / "in.pkl").write_bytes(pickle.dumps((pictures[0], CONTRASTIVE)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    changed = {"MIA_HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment = {k: v for k, v in os.environ.items() if k not in ("MIA_ARTIFACTS", "MIA_DATA_DIR")} | changed
-    done = subprocess.run(
-        [*command, str(home / "worker.py"), str(home)], env=environment, capture_output=True, text=True, timeout=550
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done, home, *pickle.loads((home / "out.pkl").read_bytes())
+    config = api.LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", start_method="fork", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(home / "logs"), redirects=Std.OUT),
+    )  # fmt: skip
+    caught = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+    before = [signal.getsignal(number) for number in caught]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIA_HOME", str(home))
+        patch.delenv("MIA_DATA_DIR", raising=False)
+        patch.delenv("MIA_ARTIFACTS", raising=False)
+        try:
+            api.elastic_launch(config, work)(home, pictures[0])
+        finally:
+            for number, handler in zip(caught, before, strict=True):
+                signal.signal(number, handler)
+    lines = [line for path in sorted(home.rglob("stdout.log")) for line in path.read_text().splitlines()]
+    return lines, home, *pickle.loads((home / "out.pkl").read_bytes())
 
 
 def test_two_processes_train_the_models_of_one_and_write_one_artifact(two, home):
-    done, other, *_ = two
+    lines, other, *_ = two
     write_profile(home, dict(id="mae", method="mae"), dict(id="dino", method="dino"))
     profile = profiles.load("tiny")
     folders = [train.train_row(profile, profile.row(name), progress=False) for name in ("mae", "dino")]
-    assert [line.split(" (")[0] for line in done.stdout.splitlines()] == [
+    assert [line.split(" (")[0] for line in lines] == [
         f"{name}: {folder.name}" for name, folder in zip(("mae", "dino"), folders, strict=True)
     ]
     assert list_artifacts(other) == list_artifacts(home) == sorted([".unfinished", *(f.name for f in folders)])
@@ -164,13 +172,7 @@ def test_two_processes_train_the_models_of_one_and_write_one_artifact(two, home)
 
 @pytest.fixture(scope="module")
 def one(pictures):
-    scope = {"__name__": "common"}
-    threads = torch.get_num_threads()
-    exec(COMMON, scope)  # noqa: S102 - the text above, which the worker executes too
-    yield scope["fit_contrastive"](pictures[0], CONTRASTIVE)
-    torch.set_num_threads(threads)
-    for name in ("plain-simclr", "plain-moco"):
-        del pretrain.METHODS[name]
+    return fit_contrastive(pictures[0])
 
 
 @pytest.mark.parametrize("method", CONTRASTIVE)
@@ -239,32 +241,20 @@ def test_partners_are_drawn_among_the_rows_of_a_process_and_a_wrong_number_of_ro
 
 # ---------------------------------------------------------------------------------------------- killed and resumed
 
-KILLED = """
-import os, pickle, signal, sys
-import torch
-torch.set_num_threads(1)
-from mia_utils import pretrain
-from mia_utils.pretrain import mae
-
-def kill(self, progress):
-    if round(progress * 9) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-mae.MAE.after_step = kill
-settings = dict(arch="vit_nano_patch8_32", epochs=3, batch_size=8, progress=False)
-images = pickle.load(open(sys.argv[1], "rb"))
-pretrain.fit("mae", images, resume_path=sys.argv[2], save_every=0, **settings)
-"""
-
 
 def test_a_process_killed_inside_an_epoch_resumes_at_the_step_to_the_same_weights(tmp_path, pictures, monkeypatch):
     images, settings = pictures[0][:24], dict(epochs=3, batch_size=8, **TINY)
-    (tmp_path / "images.pkl").write_bytes(pickle.dumps(images))
     path = tmp_path / "resume.pt"
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "images.pkl"), str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def train():
+        def kill(self, progress):
+            if round(progress * 9) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        mae.MAE.after_step = kill
+        pretrain.fit("mae", images, resume_path=path, save_every=0, **settings)
+
+    kill_in_child(train)
     assert torch.load(path, weights_only=True)["step"] == 4  # of 9, in the second of 3 epochs
     whole, steps = pretrain.fit("mae", images, **settings), []
     monkeypatch.setattr(mae.MAE, "after_step", lambda self, progress: steps.append(round(progress * 9)))

@@ -49,7 +49,7 @@ def image_grid(
     n_rows, n_cols = len(cells), max(map(len, cells))
     beside, spread = 0.9 if rows else 0.1, 1.5 if arrows else 1.05
     side = cell or min(1.25, (FULL - beside) / n_cols / spread)
-    wrap = lambda text, chars: "\n".join(textwrap.wrap(text or "", int(chars)))  # noqa: E731
+    wrap = lambda text, chars: textwrap.fill(text or "", int(chars), break_on_hyphens=False)  # noqa: E731
     captions = [[wrap(c, side * 16) for c in row] for row in captions or [[""] * n_cols] * n_rows]
     below = 0.14 * max(c.count("\n") + bool(c) for row in captions for c in row)
     width = max(3.6, min(FULL, n_cols * side * spread + beside))
@@ -72,7 +72,7 @@ def image_grid(
         if captions[r][c]:
             ax.set_xlabel(captions[r][c], fontsize=6.5, color=INK, labelpad=2)
         if r == 0 and c < len(columns):
-            ax.set_title(wrap(columns[c], side * 14), fontsize=7, loc="center")
+            ax.set_title(wrap(columns[c], side * 15), fontsize=7, loc="center")
         if c == 0 and r < len(rows):
             ax.set_ylabel(wrap(rows[r], 14), fontsize=7, rotation=0, ha="right", va="center")
         if isinstance(content, np.ndarray):
@@ -80,7 +80,7 @@ def image_grid(
             ends = {"minimum": float(content.min()), "maximum": float(content.max())}
             records.append(head | {"shape": "x".join(map(str, content.shape)), **ends})
     if arrows:
-        fig.get_layout_engine().set(wspace=0.4)
+        fig.get_layout_engine().set(wspace=0.55)
     look = dict(arrowstyle="-|>", mutation_scale=9, linewidth=1.0, color=INK)
     for ax, word in zip(axes[0, 1:], arrows, strict=False):  # in the space on the left, which stays as it is
         at = dict(xycoords="axes fraction", annotation_clip=False, in_layout=False)

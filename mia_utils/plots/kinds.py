@@ -14,6 +14,7 @@ Args:
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from mia_utils.plots.style import CONTROLS, FULL, INK, STYLE, Drawn, color_of, d
 
 from mia_utils.plots.style import label_of, make_figure, marker_of  # isort: skip
 
-_DIVERGING = sns.diverging_palette(25, 245, s=85, l=50, as_cmap=True)  # below .5, .5, above
+_DIVERGING = sns.diverging_palette(25, 245, s=85, l=60, as_cmap=True)  # below .5, .5, above; ink is read on all of it
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)))
 _KEEP = "attack control target method knowledge shadow seed n_seeds verdict n_members n_nonmembers".split()
 
@@ -124,7 +125,7 @@ def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None
     if chance is not None:
         draw_chance(ax, value=chance)
     lines = list(dict.fromkeys(part.loc[part["control"] == "", "line"]))
-    by = ["attack", "control", "method", "line"]
+    by, named = ["attack", "control", "method", "line"], []
     for (attack, control, method, line), rows in part.groupby(by, sort=False, dropna=False):
         color, rows = color_of(attack, control), rows.sort_values("x", kind="stable")
         dash = CONTROLS[control][3] if control in CONTROLS else _DASHES[lines.index(line) % len(_DASHES)]
@@ -136,13 +137,37 @@ def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None
         style = dict(marker=marker_of(method, control), markersize=3.5 if control else 4.5)
         ax.plot(mean["x"], mean["value"], linestyle="none", color=color, **style)
         if len(lines) > 1 and not control and len(mean):
-            at = dict(xytext=(5, 0), textcoords="offset points", va="center", fontsize=6.5, color=INK)
-            ax.annotate(label_of(line), mean[["x", "value"]].iloc[-1], annotation_clip=False, **at)
+            named.append((*mean[["x", "value"]].iloc[-1], label_of(line)))
+    named.sort(key=lambda end: end[1])
+    reach = np.ptp(part["value"]) or 1.0
+    for i, (x, y, name) in enumerate(named):  # neighbors keep clear of each other
+        below, above = (
+            0 <= j < len(named) and named[j][0] == x and abs(named[j][1] - y) < 0.08 * reach for j in (i - 1, i + 1)
+        )
+        at = dict(xytext=(5, 4.5 * (float(below) - float(above))), textcoords="offset points", va="center", fontsize=6.5, color=INK)
+        ax.annotate(name, (x, y), annotation_clip=False, **at)
     ticks = sorted(set(part["x"].dropna()))
     if len(ticks) <= 9:
-        ax.set_xticks(ticks, [f"{t:,g}" for t in ticks], rotation=45 if log and len(ticks) > 5 else 0)
+        ax.set_xticks(ticks, _drop_touching(ax, ticks))
         ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     ax.grid(True)
+
+
+def _to_points(ax: Axes, x: Any, y: Any) -> np.ndarray:
+    """Positions (n, 2) of data in points of paper, before the layout: a little closer to each other than in the end."""
+    ax.get_xlim(), ax.get_ylim()  # autoscales
+    return ax.transData.transform(np.column_stack([x, y])) * 72 / ax.figure.dpi
+
+
+def _drop_touching(ax: Axes, ticks: list[float]) -> list[str]:
+    """Labels of the ticks, empty where one would touch its right neighbor."""
+    texts, at, kept = [f"{t:,g}" for t in ticks], _to_points(ax, ticks, np.full(len(ticks), 0.5))[:, 0], None
+    for i in reversed(range(len(ticks))):
+        if kept is not None and 1.15 * (at[kept] - at[i]) < 2.2 * (len(texts[i]) + len(texts[kept])) + 2:
+            texts[i] = ""
+        else:
+            kept = i
+    return texts
 
 
 @mpl.rc_context(STYLE)
@@ -156,8 +181,10 @@ def dots(
     keys = data[data["seed"].isna()].groupby(["panel", "label"], sort=False).size().max()
     same = labels.nunique() == 1
     cols = 3 if same and data["label"].astype(str).str.len().max() <= 14 else 2
-    height = labels.str.len().max() * max(0.22, 0.135 * keys) + 0.5
+    height = labels.str.len().max() * max(0.22, 0.155 * keys) + 0.5
     fig, panels = make_panels(data, height=height, cols=cols, sharey=same, width=FULL)
+    if not same:  # between the numbers of a panel and the names of the next
+        fig.get_layout_engine().set(w_pad=0.12)
     for ax, part in panels:
         _draw_dots(ax, part, chance=chance)
         ax.set(xlabel=xlabel, xlim=_limits(data) if chance == 0.5 else None)
@@ -200,7 +227,8 @@ def matrix(
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     cells = data.drop_duplicates(["row", "column"])
     texts = [format_interval(*ends).replace(" ", "\n", 1) for ends in cells[["value", "low", "high"]].to_numpy()]
-    said = np.where(cells.get("verdict", pd.Series("", cells.index)) == "reversed", "\nreversed", "")
+    is_reversed = cells.get("verdict", pd.Series("", cells.index)) == "reversed"  # said of an AUC
+    said = np.where(is_reversed & (value == "auc"), "\nreversed", "")
     cells = cells.assign(text=np.char.add(texts, said)).set_index(["row", "column"])
     values, texts = (cells[n].unstack("column").reindex(index=rows, columns=columns) for n in ("value", "text"))
     width = max(3.4, min(FULL, 1.9 + 0.95 * len(columns)))
@@ -208,8 +236,14 @@ def matrix(
     ax.patch.set(hatch="////", edgecolor="#D0D0D0", facecolor="#F6F6F6")
     style = dict(vmin=0, vmax=1, cmap=_DIVERGING, linewidths=1, linecolor="white", cbar=False)
     size = 7 if len(columns) < 9 else 5.5
-    sns.heatmap(values.astype(float), annot=texts, fmt="", ax=ax, annot_kws={"fontsize": size}, **style)
-    ax.set_xticklabels(map(label_of, columns), rotation=0 if len(columns) < 7 else 45)
+    sns.heatmap(values.astype(float), annot=texts, fmt="", ax=ax, annot_kws={"fontsize": size, "color": INK}, **style)
+    chars = int((width - 0.9) / len(columns) / 0.06)
+    names = [
+        "\n".join(textwrap.fill(line, chars, break_long_words=False) for line in label_of(c).split("\n"))
+        for c in columns
+    ]
+    fits = max(map(len, "\n".join(names).split("\n"))) <= chars
+    ax.set_xticklabels(names if fits else map(label_of, columns), rotation=0 if fits else 45)
     ax.set_yticklabels(map(label_of, rows), rotation=0)
     n_head = data.loc[data["control"] == "", "row"].nunique()
     if 0 < n_head < len(rows):
@@ -243,14 +277,32 @@ def plane(
         for at in part["guide"].dropna().unique():
             ax.axvline(at, color="#777777", linewidth=0.9, linestyle=(0, (1, 1)), zorder=0)
         rows = part[part["seed"].isna()].sort_values("value", ascending=False, kind="stable")
-        for row, above in zip(rows.itertuples(), rows["mark"].astype(bool).cumsum() % 2, strict=True):
+        for row in rows.itertuples():
             ink, strong = color(row.hue), bool(row.mark)
             ax.plot([row.x, row.x], [row.low, row.high], color=ink, linewidth=0.7, alpha=0.6 if strong else 0.25)
             ax.plot(row.x, row.value, "o", color=ink, alpha=1 if strong else 0.35, markersize=5 if strong else 3.5)
-            if strong:  # names of neighbors keep clear of each other
-                at = dict(xytext=(5, 3 if above else -8), textcoords="offset points", fontsize=6, color=INK)
-                ax.annotate(str(row.label), (row.x, row.value), **at)
         name_axes(ax, xlabel or str(x), ylabel)
         ax.set_xscale("log" if log else "linear")
         ax.grid(True)
+    for ax, part in panels:  # where all panels have their limits
+        _name_points(ax, part[part["seed"].isna() & part["mark"].astype(bool) & (part["label"] != "")])
     return finish(fig, data, rows=table, **named)
+
+
+def _name_points(ax: Axes, rows: pd.DataFrame) -> None:
+    """Write the names beside the dots, each on the first of eight places that is free of names and dots."""
+    rows = rows.sort_values("value", ascending=False, kind="stable")
+    dots = _to_points(ax, rows["x"], rows["value"])
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in dots]
+    (left, _), (right, _) = ax.transAxes.transform([(0, 0), (1, 1)]) * 72 / ax.figure.dpi
+    for (x, y), own, row in zip(dots, taken[:], rows.itertuples(), strict=True):
+        width, places = 3.6 * len(str(row.label)), []
+        for dx, dy in ((5, 3), (5, -8), (-5, 3), (-5, -8), (5, 11), (5, -16), (-5, 11), (-5, -16)):
+            x0 = x + dx - (width if dx < 0 else 0)
+            box = (x0, y + dy - 1, x0 + width, y + dy + 6)
+            hits = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken if b != own)
+            places.append((hits + (box[0] < left) + (box[2] > right + 20), len(places), dx, dy, box))
+        _, _, dx, dy, box = min(places)
+        taken.append(box)
+        at = dict(xytext=(dx, dy), textcoords="offset points", fontsize=6, color=INK, ha="right" if dx < 0 else "left")
+        ax.annotate(str(row.label), (row.x, row.value), **at)

@@ -239,7 +239,8 @@ def fit(
             if epoch in logged:
                 record(epoch)
         stopped = step == stop_after
-        if resume and fabric.is_global_zero and (stopped or time.perf_counter() - last_saved > pause):
+        due = stopped or step == n_steps or time.perf_counter() - last_saved > pause
+        if resume and fabric.is_global_zero and due:
             writing = time.perf_counter()
             content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
             content |= dict(scaler=fabric.strategy.precision.state_dict(), step=step, states=states, history=history)

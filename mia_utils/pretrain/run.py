@@ -132,6 +132,7 @@ class ResumeFile:
         """Replace the file; where that fails the training goes on without it, which is said once."""
         part = self.path.with_suffix(".writing")
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"settings": self.settings} | content, part)
             os.replace(part, self.path)
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk

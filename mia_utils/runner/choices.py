@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -93,6 +94,11 @@ _FAMILIES = {"mae": "vit_", "dino": "vit_", "moco": "vit_", "simmim": "vit_|swin
 _FAMILIES |= dict.fromkeys(SEGMENTERS, r"(?!.*_(32|64)$)")  # those of the book are no encoders of theirs
 
 
+@functools.cache
+def _get_adapter(method: str, option: str) -> TypeAdapter:
+    return TypeAdapter((FIT_OPTIONS | METHOD_OPTIONS[method])[option])
+
+
 def find_wrong_option(row: Row) -> str | None:
     """Say which option of a row its method does not take, or not with this value."""
     known, options = FIT_OPTIONS | METHOD_OPTIONS[row.method], row.options
@@ -100,7 +106,7 @@ def find_wrong_option(row: Row) -> str | None:
         if key not in known:
             return f"options: {row.method} takes no {key!r}{suggest(key, known)}"
         try:
-            TypeAdapter(known[key]).validate_python(value, strict=True)
+            _get_adapter(row.method, key).validate_python(value, strict=True)
         except ValidationError as error:
             where = ": ".join(["options", key, *map(str, error.errors()[0]["loc"])])
             return f"{where}: {explain(error)}"
