@@ -90,6 +90,8 @@ def resolve(
 ) -> Call:  # fmt: skip
     """Check a call, fill in the shadow and what a static attacker learned from; ValueError says what does not fit."""
     row = lab.profile.row(target.id)
+    if params.get("framing", "") is None:  # queried as trained: one evaluation with those that never asked
+        params.pop("framing")
     if target.defense == "early-stopping":
         checkpoint = shadow_checkpoint = target.strength
     epochs = dict(checkpoint=checkpoint, shadow_checkpoint=shadow_checkpoint, n_nonmembers=n_nonmembers)

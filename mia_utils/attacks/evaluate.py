@@ -13,6 +13,7 @@ import torch
 
 from mia_utils import seeds
 from mia_utils.attacks import network
+from mia_utils.attacks.framing import FRAMINGS, reframe
 from mia_utils.attacks.reference import OFFLINE, calibrate
 from mia_utils.attacks.registry import SPEED_ONLY, Attack, find_missing, get_attack, refuse, split_params
 from mia_utils.models import views
@@ -33,7 +34,8 @@ def evaluate(
     name: str, model: object, pool, split, *, knowledge: str = "partial", shadow: object | None = None,
     reference: object | Sequence[object] | None = None, calibration: str = "log-ratio", untrained: object | None = None,
     protocol: str = "controlled", seed: int = 0, cache: Callable | None = None, controls: bool = True,
-    known_share: float = 1.0, learned_from: tuple[object, object | None] | None = None, **params: object,
+    known_share: float = 1.0, learned_from: tuple[object, object | None] | None = None, framing: str | None = None,
+    **params: object,
 ) -> Result:  # fmt: skip
     """Run a registered attack on the images of a split; ``Result.controls`` holds its three controls.
 
@@ -52,8 +54,11 @@ def evaluate(
         known_share: share of the attack-training and -validation images whose membership is known.
         learned_from: (model, shadow or None) before a defense: the outputs that a *static* attacker learned from. None:
             an *adaptive* attacker, who learned from ``model`` or ``shadow`` itself.
+        framing: how all queries differ from the images as they were trained on (:func:`framing.reframe`); not the
+            pixels that the no-model control sees.
     """
-    attack = get_attack(name)
+    attack, framed = get_attack(name), framing is None or framing in FRAMINGS
+    refuse((not framed, f"expected framing {', '.join(map(repr, FRAMINGS))}, got {framing!r}"))
     extract_params, fit_params = split_params(attack, params)
     subtracted, references = _sort_references(attack, reference, calibration)
     for target, other in [(model, shadow)] + ([] if learned_from is None else [learned_from]):
@@ -72,7 +77,7 @@ def evaluate(
             handed = {"image_ids": image_ids[rows], "seed": seed, "reference": subtracted}
             handed["view"] = view[rows] if protocol == "released-view" else "resize"
             handed["masks"] = None if pool.masks is None else pool.masks[index[rows]]
-            got = _extract(attack, queried, pool, index[rows], handed, extract_params, cache)
+            got = _extract(attack, queried, pool, index[rows], handed, extract_params, cache, framing)
             features = features if len(features) else np.empty((len(index), *got.shape[1:]), got.dtype)
             if got.shape[1:] != features.shape[1:]:
                 sizes = f"features {features.shape[1:]} of the target, {got.shape[1:]} of the shadow"
@@ -90,6 +95,7 @@ def evaluate(
     meta = dict(paper=attack.paper, dataset=pool.name, model=str(getattr(model, "name", type(model).__name__)))
     meta |= dict(protocol=protocol, knowledge=knowledge, known_share=known_share, seed=seed, split=split.hash)
     meta |= dict(queries=attack.count_queries(extract_params), params=_identify(extract_params | fit_params))
+    meta["params"] |= {"framing": framing} if framing else {}
     meta |= dict(fitted=attack.fitted)
     meta |= dict(n_references=len(references), calibration=calibration) if references else {}
     if "reconstruct" in attack.needs:  # the target's decoder leaks far more than one the attacker trains
@@ -253,13 +259,18 @@ def _look_at(pool, index: np.ndarray, view: np.ndarray, size: int | None, seed: 
     return fit_fold
 
 
-def _extract(attack: Attack, model, pool, rows: np.ndarray, handed: dict, params: dict, cache) -> np.ndarray:
+def _extract(
+    attack: Attack, model, pool, rows: np.ndarray, handed: dict, params: dict, cache, framing: str | None
+) -> np.ndarray:
     """Query one model about the images ``rows`` of the pool, through the cache where that is safe."""
     accepted = inspect.signature(attack.extract).parameters
     call = params | {k: v for k, v in handed.items() if k in accepted}
 
     def make() -> np.ndarray:
-        features = attack.extract(model, pool.images[rows], **call)
+        images = pool.images[rows]
+        if framing:
+            images = reframe(images, framing, image_ids=handed["image_ids"], seed=handed["seed"])
+        features = attack.extract(model, images, **call)
         features = features.detach().cpu().numpy() if isinstance(features, torch.Tensor) else np.asarray(features)
         if not np.isfinite(features).all():
             raise ValueError(f"attack {attack.name!r} extracted features that are not finite")
@@ -273,6 +284,7 @@ def _extract(attack: Attack, model, pool, rows: np.ndarray, handed: dict, params
     key = dict(extract=f"{attack.extract.__module__}.{attack.extract.__qualname__}", recipe=RECIPE, models=identity)
     key |= dict(pool=pool.hash, rows=_hash(rows.astype(np.int64)))
     key["view"] = _hash(handed["view"]) if isinstance(handed["view"], np.ndarray) else handed["view"]
+    key |= {"framing": framing} if framing else {}
     return cache(key | dict(params=_identify(params), seed=handed["seed"]), make)
 
 
