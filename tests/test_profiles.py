@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import runpy
+import time
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,18 @@ def test_a_mistake_is_one_line_with_file_section_and_key(change, said):
     assert said in str(error.value)
     assert str(error.value).startswith("profiles/mine.yaml:")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("2}", "2, augmentation: 'crop:" + "1" * 150_000 + "'}"), ("2}\n", "2}\n" + f"  - {ROW}\n" * 1000)]
+    + [("dataset: scenes", "dataset: " + "s" * 150_000), ("first: a", "seeds: " + "{a: " * 40_000 + "}" * 40_000)],
+)
+def test_a_long_profile_is_refused_at_once(change):
+    began = time.process_time()
+    with pytest.raises(ValueError, match="^p: ") as error:
+        profiles.parse(GOOD.replace(*change), source="p", name="mine")
+    assert len(str(error.value)) <= profiles.MOST_SAID and time.process_time() - began < 2
 
 
 def test_two_rows_of_one_id_are_refused():

@@ -24,7 +24,7 @@ from mia_utils.runner.choices import PRECISIONS, PRIVATE_METHODS, SEGMENTERS, ST
 __all__ = ["PRECISIONS", "PRIVATE_METHODS", "SEGMENTERS", "STRENGTHS", "Profile", "Row", "load", "parse"]
 
 
-MOST_TEXT = 1_000_000  # characters of a profile; paper has 12,000
+MOST_TEXT, MOST_SAID = 1_000_000, 400  # characters of a profile (paper has 12,000), and of a complaint about one
 
 
 def _check_size(value: Any) -> Any:
@@ -35,7 +35,7 @@ def _check_size(value: Any) -> Any:
 
 
 def _check_augmentation(value: str) -> str:
-    match = re.fullmatch(r"crop:(\d*\.?\d+)-(\d*\.?\d+)", value, re.ASCII)
+    match = re.fullmatch(r"crop:(\d{0,20}\.?\d{1,20})-(\d{0,20}\.?\d{1,20})", value, re.ASCII)  # else quadratic
     if value in choices.AUGMENTATIONS or (match and 0 < float(match[1]) <= float(match[2]) <= 1):
         return value
     known = ", ".join(choices.AUGMENTATIONS)
@@ -193,13 +193,13 @@ def parse(text: str, *, source: str, name: str | None = None) -> Profile:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         problem = " ".join((getattr(error, "problem", None) or "not YAML").split())
-        raise ValueError(f"{source}:{f' line {where.line + 1}' if where else ''} {problem}") from None
+        raise ValueError(f"{source}:{f' line {where.line + 1}' if where else ''} {problem}"[:MOST_SAID]) from None
     except RecursionError:
         raise ValueError(f"{source}: expected at most a few levels of nesting, got hundreds") from None
     except ValidationError as error:
-        raise ValueError(f"{source}: {_describe(error, values)}") from None
+        raise ValueError(f"{source}: {_describe(error, values)}"[:MOST_SAID]) from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{source}: {error}"[:MOST_SAID]) from None
     return profile
 
 
