@@ -22,7 +22,7 @@ from mia_utils.plots.style import format_value
 from mia_utils.protocol import intervals
 from mia_utils.runner import parameters, profiles
 
-UNTRAINED = ("mim", "encodermi-t", "lpla", "seg-global-loss", "token-spread")  # attacks that train no attacker
+UNTRAINED = ("mim", "encodermi-t", "lpla", "seg-global-loss", "token-spread", "gradient-norm")  # attacks that train no attacker
 
 
 @functools.cache

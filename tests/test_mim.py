@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import numpy as np
@@ -11,7 +12,7 @@ from lightly.models.utils import patchify
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
-from mia_utils import attacks, pretrain
+from mia_utils import attacks, pretrain, seeds
 from mia_utils.attacks import mim
 from mia_utils.datasets import Pool, scenes
 from mia_utils.models import encoders, views
@@ -228,6 +229,42 @@ def test_the_attack_room_runs_it_with_its_controls(memorized):
             attacks.evaluate("mim-here", run.encoder, pool, split)
     finally:
         del attacks.ATTACKS["mim-here"]
+
+
+# ---------------------------------------------------------------------------------------------------- white box
+
+
+def test_a_gradient_norm_is_that_of_the_training_loss_by_finite_differences(autoencoder, images):
+    model, ids = copy.deepcopy(autoencoder).double(), np.array(["a", "b", "c"])
+    got = mim.extract_gradient_norm(model, images[:3], image_ids=ids, seed=5, n_masks=2)
+    alone = mim.extract_gradient_norm(model, images[1:2], image_ids=ids[1:2], seed=5, n_masks=2)
+    np.testing.assert_allclose(alone, got[1:2], rtol=1e-9)
+    batch = torch.from_numpy(images[1:2]).permute(0, 3, 1, 2).expand(2, -1, -1, -1)
+
+    def measure() -> torch.Tensor:
+        rng = seeds.rng(5, "mim.masks")
+        return model.loss(batch, augmentation="none", size=model.input_size, rng=rng, progress=1.0)
+
+    weights = [w for w in model.parameters() if w.requires_grad]
+    gradients = torch.autograd.grad(measure(), weights, materialize_grads=True)
+    steps = [g / np.exp(got[1, 0]) for g in gradients]  # a unit step uphill
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for w, step in zip(weights, steps, strict=True):
+                w += sign * 1e-4 * step
+            ends.append(float(measure()))
+            for w, step in zip(weights, steps, strict=True):
+                w -= sign * 1e-4 * step
+    assert (ends[0] - ends[1]) / 2e-4 == pytest.approx(np.exp(got[1, 0]), rel=1e-3)
+
+
+def test_members_have_the_smaller_gradients_and_an_untrained_model_sees_nothing(memorized):
+    pool, split, run = memorized
+    result = attacks.evaluate("gradient-norm", run.decoder, pool, split, untrained=run.autoencoder_at(0), n_masks=4)
+    assert result.auc > 0.75 and abs(result.controls["untrained"].auc - 0.5) < 0.25
+    with pytest.raises(ValueError, match="expected a masked-image model with its training loss"):
+        mim.extract_gradient_norm(torch.nn.Identity(), pool.images[:1], image_ids=["a"], seed=0)
 
 
 # ------------------------------------------------------------------------------------- the attacker's own decoder

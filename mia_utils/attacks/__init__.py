@@ -24,6 +24,9 @@ register("partcrop-v2", **_ask, fit=_normalized, paper="PartCrop-v2 (arXiv 2505.
 _ask = {"needs": {"reconstruct"}, "queries": lambda params: params["n_masks"], "extract": mim.extract_distances}
 _judge = {"score": mim.score_distances, "statistic": mim.compute_log_likeness}
 register("mim", **_ask, **_judge, paper="MIM attack (arXiv 2408.06825)")
+_judge = {"score": mim.score_distances, "statistic": mim.score_distances}
+_ask |= {"extract": mim.extract_gradient_norm, "paper": "white box, gradients (arXiv 1812.00910)"}
+register("gradient-norm", **_ask, **_judge)
 _ask = {"needs": {"embed"}, "queries": lambda params: params["n_views"], "extract": encodermi.extract_features}
 _ask |= {"paper": "EncoderMI (arXiv 2108.11023)"}
 register("encodermi-v", **_ask, fit=encodermi.fit_vector)

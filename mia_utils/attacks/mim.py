@@ -188,6 +188,30 @@ def compute_log_likeness(features: np.ndarray) -> np.ndarray:
     return -np.log(np.asarray(features, np.float64)[:, 0])
 
 
+def extract_gradient_norm(
+    model: torch.nn.Module, images: np.ndarray, *, image_ids: Sequence[str], seed: int, n_masks: int = 16,
+    progress: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """White box: log norm (N, 1) of the training loss's gradient by all weights, smaller = more likely a member.
+
+    Whoever holds the weights sees more than any query; what this attack misses, no query shows either. Source of
+    gradients as a membership signal: Nasr, Shokri, Houmansadr (arXiv 1812.00910). The masks are those of the MIM attack.
+    """
+    if not callable(getattr(model, "loss", None)):
+        raise ValueError(f"expected a masked-image model with its training loss, got {type(model).__name__}")
+    images = views.check_images(images, image_ids)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    fixed = dict(augmentation="none", size=model.input_size, progress=1.0)
+    norms = []
+    for rows in query.iterate_chunks(len(images), 1, label="gradients", progress=progress):
+        repeated = _take_images(images, rows).to(weights[0].device).expand(n_masks, -1, -1, -1)
+        with torch.enable_grad():
+            loss = model.loss(repeated, rng=seeds.rng(seed, "mim.masks"), **fixed)
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        norms.append(torch.stack([g.norm() for g in gradients if g is not None]).norm().item())
+    return np.log(np.asarray(norms, np.float64))[:, None]
+
+
 def train_decoder(
     encoder: Encoder, images: np.ndarray, *, epochs: int, seed: int = 0, method: str | None = None, **settings: object
 ) -> "pretrain.Run":  # not evaluated: audits run without what trains

@@ -32,6 +32,7 @@ ATTACKS = {  # one color per attack in the whole book; a family shares a hue and
     "member": ("members", MEMBER_COLOR), "non-member": ("non-members", NONMEMBER_COLOR),  # two sides drawn like attacks
     "partcrop": ("PartCrop", "#0072B2"), "partcrop-v2": ("PartCrop-v2", "#56B4E9"),
     "token-spread": ("Token spread", "#00B0F0"), "token-spread-lr": ("Token sizes", "#5B8DB8"),
+    "gradient-norm": ("Gradient norm (white box)", "#7A7A3B"),
     "encodermi-v": ("EncoderMI-V", "#D55E00"), "encodermi-s": ("EncoderMI-S", "#E69F00"),
     "encodermi-t": ("EncoderMI-T", "#6B2E00"), "lpla": ("LpLA", "#B3A500"), "mim": ("MIM attack", "#009E73"),
     "seg-loss-map": ("Loss map", "#7B2D8B"), "seg-concat": ("Concatenation", "#CC79A7"),
