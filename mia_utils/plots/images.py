@@ -51,9 +51,9 @@ def image_grid(
     side = cell or min(1.25, (FULL - beside) / n_cols / spread)
     wrap = lambda text, chars: textwrap.fill(text or "", int(chars), break_on_hyphens=False)  # noqa: E731
     captions = [[wrap(c, side * 16) for c in row] for row in captions or [[""] * n_cols] * n_rows]
-    below = 0.14 * max(c.count("\n") + bool(c) for row in captions for c in row)
+    below = sum(0.14 * max(c.count("\n") + bool(c) for c in row) for row in captions)
     width = max(3.6, min(FULL, n_cols * side * spread + beside))
-    fig, axes = make_figure(n_rows, n_cols, width=width, height=n_rows * (side + below + 0.05) + 0.75)
+    fig, axes = make_figure(n_rows, n_cols, width=width, height=n_rows * (side + 0.05) + below + 0.5)
     heats = [np.asarray(c, float) for row in cells for c in row if _kind(c) == "heat"]
     if norm is None and heats:
         norm = mpl.colors.Normalize(min(h.min() for h in heats), max(h.max() for h in heats))
