@@ -209,7 +209,7 @@ class Lab:
                     facts |= dict(seed=seed, knowledge="partial", n_train=n_members)
                     self.store.save(key, result, results.make_rows(result, facts))
             self._note("baselines", "no-model", key)
-        return self.results.query("study == 'baselines' and seed.isna()")
+        return results.Found(self.results.query("study == 'baselines' and seed.isna()"))
 
     @property
     def results(self) -> pd.DataFrame:
