@@ -72,7 +72,7 @@ def image_grid(
         if captions[r][c]:
             ax.set_xlabel(captions[r][c], fontsize=6.5, color=INK, labelpad=2)
         if r == 0 and c < len(columns):
-            ax.set_title(wrap(columns[c], side * 15), fontsize=7, loc="center")
+            ax.set_title(wrap(columns[c], side * 17), fontsize=7, loc="center")
         if c == 0 and r < len(rows):
             ax.set_ylabel(wrap(rows[r], 14), fontsize=7, rotation=0, ha="right", va="center")
         if isinstance(content, np.ndarray):
