@@ -69,20 +69,27 @@ make_environment() { # one setup at a time: the second waits, then finds it done
   local python
   python="$(find_python)"
   "$python" -c 'import fcntl, os, sys
-try:
-    lock = open(sys.argv[1], "w")
-except OSError as error:
-    sys.exit(f"error: {sys.argv[1]}: expected a folder that can be written, got {error.strerror!r}")
-try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
-    print("another run is making the environment: waiting for it", flush=True)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+while True:
+    try:
+        lock = open(sys.argv[1], "w")
+    except OSError as error:
+        sys.exit(f"error: {sys.argv[1]}: expected a folder that can be written, got {error.strerror!r}")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("another run is making the environment: waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        if os.path.samestat(os.fstat(lock.fileno()), os.stat(sys.argv[1])):
+            break
+    except FileNotFoundError: # a setup that ended meanwhile has removed it: a new file
+        pass
 os.set_inheritable(lock.fileno(), True)
 os.execvp("bash", ["bash", sys.argv[2], "__install"])' "$root/.mia-setup.lock" "$root/run_all.sh"
 }
 
 if [ "${1:-}" = __install ]; then
+  trap 'rm -f "$root/.mia-setup.lock"' EXIT # while it is held
   install
   exit
 fi

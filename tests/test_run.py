@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -12,12 +14,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from test_profiles import write_notebook
 
 from mia_utils import paths
-from mia_utils.runner import artifacts, engine, estimates, jobs, profiles, run, train
+from mia_utils.runner import artifacts, choices, engine, estimates, jobs, profiles, run, train
 from mia_utils.runner.plan import Plan, find_end, make_plan
 
 ROOT = paths.PACKAGE_ROOT
@@ -150,6 +154,25 @@ def test_after_kill_9_of_the_group_the_same_command_goes_on(home, capsys):
     done = call("tiny")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "00 through" in done.stdout.splitlines()
+    assert not list(home.rglob("*.lock"))
+
+
+def test_a_lock_that_goes_with_its_run_is_never_held_twice(home):
+    """Four processes take and drop it 50 times each; whoever holds it is alone in the folder."""
+    plan, alone = SimpleNamespace(build=home, profile=SimpleNamespace(name="tiny")), home / "alone"
+
+    def compete() -> None:
+        n = 0
+        while n < 50:
+            with contextlib.suppress(ValueError), engine.hold_lock(plan):
+                alone.mkdir()
+                alone.rmdir()
+                n += 1
+
+    done = [multiprocessing.get_context("fork").Process(target=compete) for _ in range(4)]
+    [process.start() for process in done], [process.join(60) for process in done]
+    assert [process.exitcode for process in done] == [0] * 4
+    assert not list(home.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -257,6 +280,67 @@ def test_an_architecture_is_known_before_any_work(home, method, arch, said):
     else:
         with pytest.raises(ValueError, match=re.escape(said)):
             make_plan("tiny")
+
+
+@pytest.mark.parametrize(
+    ("method", "arch", "rest", "said"),
+    [
+        ("mae", "vit_nano_patch8_32", "options: {mask_ratio: 0.99}", "mask_ratio 0.99 hides 16 of 16 patches"),
+        ("mae", "vit_nano_patch8_32", "options: {input_size: 36}", "Input height (36) should be divisible by patch"),
+        ("simmim", "swin_thin_32", "options: {dropout: 0.1}", "option dropout does not fit swin_thin_32"),
+        ("mae", "vit_nano_patch8_32", "options: {decoder_dim: 65536, decoder_depth: 64}", "do not fit into the memory"),
+        ("moco-v2", "vit_nano_patch8_32", "options: {bn_splits: 4, queue_size: 8}", "and a backbone with batch norm"),
+        ("mae", "vit_nano_patch8_32", "defense: dp-sgd, options: {privacy: {epsilon: 0.0001}}", "no noise reaches eps"),
+        ("simmim", "swin_thin_32", "defense: dp-sgd, options: {privacy: {epsilon: 8.0}}", "no per-example gradients"),
+        ("unet", "mobilenet_v2", "options: {batch_size: 1}", "Expected more than 1 value per channel"),
+        (
+            "unet",
+            "resnet18",
+            "options: {encoder_depth: 3}",
+            "Model depth is 3, but you provide `decoder",
+        ),
+        ("upernet", "resnet18", "options: {upsampling: 3}", "size mismatch"),
+        ("unet", "mobilenet_v2", "dataset: cifar10", "unet needs label maps, cifar10 has none"),
+        ("mae", "vit_nano_patch8_32", "dataset: scenes@official", "data set scenes@official has no official split"),
+        ("mae", "vit_nano_patch8_32", "dataset: cifar10@camvid", "camvid needs label maps, cifar10@camvid has none"),
+        ("mae", "vit_nano_patch8_32", "dataset: mine", "data set mine has no official split: use iid"),
+    ],
+)
+def test_a_row_that_its_network_or_data_refuse_is_one_line_before_any_work(home, method, arch, rest, said):
+    (home / "notebooks").mkdir(), (home / "data/raw").mkdir(parents=True)
+    np.savez(home / "data/raw/mine.npz", images=np.zeros((4, 32, 32, 3), np.uint8))
+    dataset = rest.removeprefix("dataset: ") if rest.startswith("dataset") else "scenes"
+    fields = f"{{id: a, role: target, method: {method}, arch: {arch}, dataset: '{dataset}', n_train: 32, epochs: 2"
+    rule = ", rule: official" if dataset == "mine" else ""
+    text = f"name: tiny\ndatasets: {{'{dataset}': {{size: 32}}}}\nsplit: {{n_nonmembers: 40{rule}}}\nmodels:\n  - "
+    fields += "}" if dataset in rest else f", {rest}}}"
+    (home / "profiles").mkdir(exist_ok=True)
+    (home / "profiles/tiny.yaml").write_text(f"{text}{fields}\n")
+    with pytest.raises(ValueError, match=f"^model a: .*{re.escape(said)}") as error:
+        make_plan("tiny")
+    assert "\n" not in str(error.value)
+
+
+SMALL = ("vit_nano_patch8_32", "swin_thin_32", "resnet_thin_32", "mobilenet_v2")
+
+
+@pytest.mark.parametrize(
+    ("method", "arch"),
+    [(m, a) for m in choices.METHODS for a in SMALL if re.match(choices._FAMILIES.get(m, "(vit|swin|res)"), a)],
+)
+def test_plain_options_fit_every_network(method, arch):
+    """Rows of these options are not tried by a plan, which so needs no torch."""
+    known, treated = choices.FIT_OPTIONS | choices.METHOD_OPTIONS[method], arch.startswith(("vit_", "mobilenet"))
+    low = {key: ends[0] for key, ends in choices.PLAIN.items() if key in known} | {"lr": 1e-3}
+    high = low | {key: 0.9 for key in ("mask_ratio", "momentum", "label_smoothing", "dropout", "drop_path", "warmup")}
+    high |= {"batch_size": 32, "n_local": 8, "queue_size": 32}
+    both = [low, high] + [high | {key: 2.0} for key in ("mixup", "distill", "minmax") if method == "unet"]
+    for options in both:
+        options = {k: x for k, x in options.items() if k in known and (treated or k not in ("dropout", "drop_path"))}
+        row = dict(id="a", role="target", method=method, arch=arch, dataset="scenes", n_train=64, epochs=2)
+        row = profiles.Row(**row, options=options)
+        assert choices.is_plain(row)
+        train.rehearse(profiles.Profile(name="tiny", datasets={"scenes": {"size": 32}}, models=[row]), row)
 
 
 def test_a_plan_writes_nothing_and_needs_no_torch(home):
@@ -421,6 +505,7 @@ def test_an_environment_whose_python_is_gone_is_made_again(tmp_path):
     assert done.returncode == 2 and "the Python of .venv is gone: makes it again" in done.stdout
     assert "error: pip could not install uv" in done.stderr  # as far as one comes without a network
     assert subprocess.run([tmp_path / ".venv/bin/python", "-c", ""]).returncode == 0
+    assert not (tmp_path / ".mia-setup.lock").exists()
 
 
 def test_help_lists_every_command_and_profile():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -90,6 +91,13 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Options that no network can refuse, and from where to where; a row with others is tried on four images by the plan.
+_ANY = (0.0, math.inf)
+PLAIN = {"batch_size": (2, math.inf), "mask_ratio": (0.1, 0.9), "epsilon": (1, 1e4), "delta": (1e-9, 0.1)}
+PLAIN |= dict.fromkeys(("noise_multiplier", "max_grad_norm"), (0.01, 100))
+PLAIN |= dict.fromkeys(("lr", "weight_decay", "warmup", "momentum", "queue_size", "n_local"), _ANY)
+PLAIN |= dict.fromkeys(("dropout", "drop_path", "label_smoothing", "mixup", "distill", "minmax"), _ANY)
+_TREATED = ("privacy", "dropout", "drop_path")  # plain for these families, others lack what it needs
 _FAMILIES = {"mae": "vit_", "dino": "vit_", "moco": "vit_", "simmim": "vit_|swin_"}
 _FAMILIES |= dict.fromkeys(SEGMENTERS, r"(?!.*_(32|64)$)")  # those of the book are no encoders of theirs
 
@@ -97,6 +105,15 @@ _FAMILIES |= dict.fromkeys(SEGMENTERS, r"(?!.*_(32|64)$)")  # those of the book 
 @functools.cache
 def _get_adapter(method: str, option: str) -> TypeAdapter:
     return TypeAdapter((FIT_OPTIONS | METHOD_OPTIONS[method])[option])
+
+
+def is_plain(row: Row) -> bool:
+    """Whether a row needs no trial: its network is a usual one, and its options fit every one of these."""
+    options = {key: value for key, value in row.options.items() if key not in ("checkpoints", "precision", "privacy")}
+    options |= row.options.get("privacy", {})
+    treated = any(key in row.options for key in _TREATED)
+    fits = row.arch in ARCHS and (not treated or row.arch.startswith(("vit_", "mobilenet")))
+    return fits and all(key in PLAIN and PLAIN[key][0] <= value <= PLAIN[key][1] for key, value in options.items())
 
 
 def find_wrong_option(row: Row) -> str | None:
@@ -112,12 +129,22 @@ def find_wrong_option(row: Row) -> str | None:
             return f"{where}: {explain(error)}"
     if row.arch in ARCHS and not re.match(_FAMILIES.get(row.method, ""), row.arch):
         return f"arch: {row.method} does not fit {row.arch}"
-    if (dim := options.get("decoder_dim", 0)) % (heads := options.get("decoder_heads", 4)):
-        return f"options: decoder_dim: expected a multiple of decoder_heads ({heads}), got {dim}"
+    dim, heads = options.get("decoder_dim", 64), options.get("decoder_heads", 4)
+    if row.method == "mae" and dim % math.lcm(heads, 4):
+        return f"options: decoder_dim: expected a multiple of 4 and of decoder_heads ({heads}), got {dim}"
     if late := [epoch for epoch in options.get("checkpoints", []) if epoch > row.epochs]:
         return f"options: checkpoints: expected epochs up to {row.epochs}, got {late[0]}"
-    if options.get("queue_size", 0) > row.n_train // 2:
-        return f"options: queue_size: expected up to half of n_train, got {options['queue_size']}"
+    batch = min(options.get("batch_size", 64), row.n_train)
+    if batch % (parts := options.get("bn_splits", 1)):
+        return f"options: bn_splits: expected a divisor of the batch ({batch} images), got {parts}"
+    if batch < 2 and row.method in ("simclr", "moco"):
+        return f"options: batch_size: {row.method} compares the images of a batch, expected at least 2, got {batch}"
+    if "queue_size" in known and (size := options.get("queue_size", 64)) > row.n_train // 2:
+        return f"options: queue_size: expected up to half of n_train, got {size}"
+    if row.method in SEGMENTERS and row.augmentation not in ("none", "flip") and "crop" not in row.augmentation:
+        return f"augmentation: expected none, flip, or a crop for {row.method}, got {row.augmentation!r}"
+    if len(both := [key for key in ("privacy", "mixup", "distill", "minmax") if options.get(key)]) > 1:
+        return f"options: expected one of privacy, mixup, distill, minmax, got {' and '.join(both)}"
     return None
 
 

@@ -25,17 +25,23 @@ from mia_utils.runner.plan import Plan, count, format_minutes
 def hold_lock(plan: Plan) -> Iterator[None]:
     """Hold ``build/<profile>/run.lock``; a second run of the profile is a ValueError.
 
-    The engine inherits the lock, so a run whose head was killed still counts as one.
+    The engine inherits the lock, so a run whose head was killed still counts as one. The file goes when the run ends.
     """
-    plan.build.mkdir(parents=True, exist_ok=True)
-    with open(plan.build / "run.lock", "a") as file:
+    path, held = plan.build / "run.lock", False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while not held:
+        file = open(path, "a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             wait = "wait for it, or stop it and start again"
             raise ValueError(f"profile {plan.profile.name} is being run by another process: {wait}") from None
+        with contextlib.suppress(FileNotFoundError):  # else a run that ended meanwhile has removed it: a new file
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+    with file:
         os.set_inheritable(file.fileno(), True)
         yield
+        path.unlink(missing_ok=True)  # while it is held; not after an error, when an engine may still hold it
 
 
 def execute(plan: Plan, command: list[str]) -> int:

@@ -5,9 +5,11 @@ Nothing here imports torch, except the estimate for a GPU: mistakes and ``--plan
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from mia_utils.runner.profiles import Profile, Row
 GENERATED = ("scenes", "scenes-night", "scenes-sketch")
 DOWNLOADED = ("cifar10", "cifar100", "stl10", "camvid", "oxford_pets")
 PLACED = ("bdd100k", "cityscapes", "mapillary", "tiny_imagenet")  # by the user
+UNMASKED = ("cifar10", "cifar100", "stl10", "tiny_imagenet")
 SUFFIXES = ("cityscapes", "camvid", "scenes", "frames", "official")  # of NAME@SUFFIX
 FOLDERS = {"tiny_imagenet": "tiny-imagenet-200"}  # what the unpacked archive is called, where not as the data set
 
@@ -146,17 +149,49 @@ def has_cache(source: str) -> bool:
     return (raw / f"{source}.npz").is_file() or any(raw.glob(f"{source}-*.npz"))
 
 
-def check_archs(rows: list[Row]) -> None:
-    """Refuse an architecture that no library knows; the usual ones are recognized without importing torch."""
-    for row in [row for row in rows if row.arch not in choices.ARCHS]:
-        import segmentation_models_pytorch as smp  # seconds: only for a name of one's own
-        import timm
+def find_arrays(dataset: str) -> set[str]:
+    """Return which of masks and official_split a data set may have, as far as that is known before it is read."""
+    source, both = dataset.partition("@")[0], {"masks", "official_split"}
+    if source in (*GENERATED, *DOWNLOADED, *PLACED):
+        return both - ({"official_split"} if source in GENERATED else {"masks"} if source in UNMASKED else set())
+    if source.startswith("folder:"):
+        folder = Path(dataset[7:]).expanduser()
+        pairs = (folder / "images").is_dir() and (folder / "masks").is_dir()
+        parts = {path.name for path in (folder / "images" if pairs else folder).iterdir()} & {"train", "val", "test"}
+        return both - (set() if pairs else {"masks"}) - (set() if parts else {"official_split"})
+    for path in (paths.get_raw_dir() / f"{source}.npz", *paths.get_raw_dir().glob(f"{source}-*.npz")):
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            return both & {name.removesuffix(".npy") for name in archive.namelist()}
+    return both
 
-        known = [*timm.list_models(), *(smp.encoders.encoders if row.method in profiles.SEGMENTERS else ())]
-        if row.arch.removeprefix("tu-").partition(".")[0] not in known:
-            close = choices.find_close(row.arch, [*choices.ARCHS, *known])
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"model {row.id}: arch: {row.method} knows no {row.arch!r}{hint}")
+
+def check_rows(profile: Profile, rows: list[Row]) -> None:
+    """Refuse rows that would fail in their training: usual ones are known to work, others are tried with torch."""
+    tried = set()
+    for row in rows:
+        has, suffix = find_arrays(row.dataset), row.dataset.partition("@")[2]
+        official = "official" in (suffix, profile.get_split(row.dataset).get("rule"))
+        if official and "official_split" not in has:
+            raise ValueError(f"model {row.id}: rule 'official': data set {row.dataset} has no official split: use iid")
+        if "masks" not in has and (row.method in profiles.SEGMENTERS or suffix not in ("", "frames", "official")):
+            raise ValueError(
+                f"model {row.id}: {suffix or row.method} needs label maps, data set {row.dataset} has none"
+            )
+        size = profile.datasets[row.dataset].get("size")
+        recipe = str((row.method, row.arch, row.augmentation, row.options, size, row.n_train, row.epochs))
+        if choices.is_plain(row) or recipe in tried:
+            continue
+        tried.add(recipe)
+        if row.arch not in choices.ARCHS:
+            import segmentation_models_pytorch as smp  # seconds: only for a name of one's own
+            import timm
+
+            known = [*timm.list_models(), *(smp.encoders.encoders if row.method in profiles.SEGMENTERS else ())]
+            if row.arch.removeprefix("tu-").partition(".")[0] not in known:
+                close = choices.find_close(row.arch, [*choices.ARCHS, *known])
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(f"model {row.id}: arch: {row.method} knows no {row.arch!r}{hint}")
+        train.rehearse(profile, row)
 
 
 def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = False) -> Plan:
@@ -177,7 +212,7 @@ def make_plan(name: str, wanted: list[str] | None = None, *, strict: bool = Fals
             plan.done[row.id] = folder
         else:
             plan.missing.append(row)
-    check_archs(plan.missing)
+    check_rows(profile, plan.missing)
     sources = {row.dataset: row.dataset.partition("@")[0] for row in plan.missing}
     plan.fetch = [name for name, source in sources.items() if source in DOWNLOADED and not has_cache(source)]
     return plan

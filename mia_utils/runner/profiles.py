@@ -250,9 +250,11 @@ def _find_wrong_row(profile: Profile) -> str | None:
             return f"models: {row.id}: dataset: expected one of datasets: ({known}), got {row.dataset!r}"
         if problem := choices.find_wrong_defense(row) or choices.find_wrong_option(row):
             return f"models: {row.id}: {problem}"
-        split, available = profile.get_split(row.dataset), profile.datasets[row.dataset].get("n", math.inf)
-        if row.role == "shadow" and not split.get("n_shadow_members", row.n_train):
-            return f"models: {row.id}: expected n_shadow_members of at least 1 for a shadow, got 0"
+        default = 3000 if row.dataset.startswith("scenes") else math.inf
+        split, available = profile.get_split(row.dataset), profile.datasets[row.dataset].get("n", default)
+        asking = "a shadow" if row.role == "shadow" else "minmax" if row.options.get("minmax") else ""
+        if asking and not split.get("n_shadow_members", row.n_train):
+            return f"models: {row.id}: expected n_shadow_members of at least 1 for {asking}, got 0"
         needed = row.n_train + split.get("n_nonmembers", 3000)
         needed += split.get("n_shadow_members", row.n_train) + split.get("n_shadow_nonmembers", 0)
         needed += row.n_train if row.role == "reference" else 0

@@ -6,12 +6,15 @@ A row finds its artifact or makes it, and goes on inside a training that was kil
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mia_utils import paths
-from mia_utils.runner import artifacts, profiles
+from mia_utils.runner import artifacts, choices, profiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,6 +139,44 @@ def fit_row(profile: Profile, row: Row, folder: Path | None, *, progress: bool) 
     if "miou" in history:
         utility = {key: history[key].dropna().iloc[-1] for key in ("miou", "miou_members", "pixel_accuracy")}
     return {"settings": run.settings, "train_seconds": round(run.seconds, 2), "utility": utility, "id": row.id}
+
+
+def rehearse(profile: Profile, row: Row) -> None:
+    """Take one step of a row on a few empty images; whatever network and options refuse is a ValueError of one line."""
+    import numpy as np
+    import torch
+
+    from mia_utils import pretrain
+    from mia_utils.datasets import cache
+    from mia_utils.pretrain import accounting
+
+    segments, size = row.method in profiles.SEGMENTERS, profile.datasets[row.dataset].get("size", 32)
+    shape = ((size, size) if isinstance(size, int) else tuple(size)) if segments else (32, 32)
+    fitted = {key: value for key, value in row.options.items() if key in choices.FIT_OPTIONS and key != "checkpoints"}
+    own = {key: value for key, value in row.options.items() if key not in choices.FIT_OPTIONS}
+    own |= {"n_classes": 19} if segments or row.method == "supervised" else {}
+    batch = min(fitted.pop("batch_size", pretrain.METHODS[row.method][1]["batch_size"]), row.n_train)
+    few = min(batch, 2 * own.get("bn_splits", 1))
+    images = np.zeros((2 * few, *shape, 3), np.uint8)
+    labels = np.zeros((2 * few, *(shape if segments else ())), np.int64)
+    others = {"reference": images, "reference_labels": labels} if own.get("minmax") else {}
+    said = io.StringIO()
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(said):
+            if privacy := fitted.get("privacy"):
+                steps = row.epochs * max(row.n_train // batch, 1)
+                accounting.plan_privacy(n_images=row.n_train, batch_size=batch, steps=steps, **privacy)
+            with torch.device("meta"):  # no bytes yet
+                n_bytes = 4 * sum(w.numel() for w in pretrain.build(row.method, row.arch, **own).parameters())
+            if 4 * n_bytes > cache.count_memory():  # weights, gradients, two moments
+                raise ValueError(f"{4 * n_bytes / 1e9:,.0f} GB to train it do not fit into the memory")
+            own |= {"queue_size": few} if "queue_size" in choices.METHOD_OPTIONS[row.method] else {}
+            recipe = dict(arch=row.arch, epochs=1, augmentation=row.augmentation, batch_size=few, labels=labels)
+            settings = dict(checkpoints=[], stop_after=1, progress=False, device="cpu")
+            pretrain.fit(row.method, images, **recipe, **settings, **others, **fitted, **own)
+    except Exception as error:  # libraries raise a dozen types
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        raise ValueError(f"model {row.id}: {row.method} on {row.arch}: {reason}") from None
 
 
 def train_row(profile: Profile, row: Row, *, progress: bool = True) -> Path:
