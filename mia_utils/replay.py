@@ -24,7 +24,7 @@ from IPython.utils.capture import capture_output
 from PIL import Image
 
 from mia_utils import lab, page, paths, results
-from mia_utils.runner import parameters, profiles
+from mia_utils.runner import artifacts, parameters, profiles
 
 SKIPPED = {"run", "checks"}  # what a replay does not execute
 NOTE = "<!-- written by ./run_all.sh replay; edit notebooks/{name}.ipynb instead -->\n\n"
@@ -118,16 +118,22 @@ def keep_outputs(profile: str, executed: Path) -> None:
         if SKIPPED & set(cell.tags) and (text := "\n\n".join(filter(None, map(_read_output, cell.outputs)))):
             found[_digest(cell.source)] = text
     kept = read_outputs(profile) | {executed.stem: found}
-    text = json.dumps(kept, indent=0, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(kept | {"digest": artifacts.hash_text(kept)}, indent=0, sort_keys=True, ensure_ascii=False)
     paths.write_atomic(paths.get_results_dir() / f"{profile}.json", text)
 
 
 def read_outputs(profile: str) -> dict[str, dict[str, str]]:
     """Return notebook -> digest of a ``run`` cell -> what it showed in the last full run."""
+    path = paths.get_results_dir() / f"{profile}.json"
     try:
-        return json.loads((paths.get_results_dir() / f"{profile}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.pop("digest", None) == artifacts.hash_text(kept):
+            return kept
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path.name} was changed since it was written: fetch it again, or delete it and run the profile")
 
 
 def _read_output(output: dict[str, Any]) -> str:

@@ -67,6 +67,13 @@ def test_a_second_replay_changes_no_byte(book, home):
     assert read_page(home) == first and (paths.get_results_dir() / "photos.json").read_bytes() == kept
 
 
+def test_a_number_changed_in_what_was_kept_is_one_line(book, home):
+    path = paths.get_results_dir() / "photos.json"
+    path.write_text(path.read_text().replace("queried 64", "queried 65"))
+    with pytest.raises(ValueError, match="^photos.json was changed since it was written: .*run the profile$"):
+        read_page(home)
+
+
 def test_an_edited_run_cell_loses_its_old_output(book, home):
     book.write_text(book.read_text().replace("nothing_like_this", "something_else"))
     assert "queried 64 images" not in read_page(home)
