@@ -18,7 +18,6 @@ import pandas as pd
 from scipy import stats
 
 from mia_utils import paths, seeds
-from mia_utils.plots.style import format_value
 from mia_utils.protocol import intervals
 from mia_utils.runner import parameters, profiles
 
@@ -177,14 +176,23 @@ def rank_among_nonmembers(result: Any, image_ids: Iterable[str]) -> np.ndarray:
     return np.array(shares)
 
 
-def play(images: np.ndarray, is_member: np.ndarray):
+def play(images: np.ndarray, is_member: np.ndarray, figure: Any = None) -> Any:
     """Let the reader click on the images (n, H, W, 3) uint8 that trained the model, then on "How did I do?".
 
-    Returns an ipywidgets box; None where nobody can click, as when papermill runs the notebook.
+    Returns the figure where nobody can click, as when papermill runs the notebook; it also stands in saved copies.
     """
     if not is_interactive():
-        print("In JupyterLab you can click here. This copy was executed without a reader: guess from the figure.")
-        return None
+        print("In JupyterLab you can click on the images. This copy was executed without a reader.")
+        return figure
+    from IPython.display import display  # not installed where only audits run
+
+    still = figure._repr_mimebundle_() if figure is not None else {}
+    display(make_game(images, is_member)._repr_mimebundle_() | still, raw=True)
+    return None
+
+
+def make_game(images: np.ndarray, is_member: np.ndarray) -> Any:
+    """Build "spot the member", an ipywidgets box: images with a toggle each, a button, and what it answers."""
     import ipywidgets as widgets  # only where somebody can click
     from PIL import Image
 
@@ -195,19 +203,30 @@ def play(images: np.ndarray, is_member: np.ndarray):
         shown = widgets.Image(value=buffer.getvalue(), format="png", width=96, height=96)
         toggles.append(widgets.ToggleButton(description=f"{number}", tooltip="a member?", layout={"width": "96px"}))
         cards.append(widgets.VBox([shown, toggles[-1]]))
-    answer = widgets.HTML(f"Choose the {n_members} images that trained the model.")
+    task = f"Choose the {n_members} images that trained the model."
+    answer, button = widgets.HTML(task), widgets.Button(description="How did I do?")
 
-    def judge(_) -> None:
+    def count(_: Any) -> None:
+        answer.value = f"{task} Chosen: {sum(toggle.value for toggle in toggles)}."
+
+    def judge(_: Any) -> None:
         chosen = np.array([toggle.value for toggle in toggles])
-        found = int((chosen & is_member).sum())
+        if not chosen.any():  # a slip must not end the game
+            answer.value = f"{task} None is chosen yet."
+            return
         answer.value = (
-            f"You chose {int(chosen.sum())} images; {found} of the {n_members} members are among them. "
-            f"Pure guessing finds {format_value(n_members / 2, 1)} on average when you choose {n_members}."
+            f"Images chosen: {chosen.sum()}; members among them: {(chosen & is_member).sum()} of {n_members}. "
+            f"Guessing finds {chosen.sum() * np.mean(is_member):.2g} of them on average.<br>"
+            "Red trained the model; \u2713 and \u2717 mark your choices, right and wrong."
         )
         for toggle, member in zip(toggles, is_member, strict=True):
+            toggle.unobserve(count, "value")
             toggle.button_style = "danger" if member else ""
+            toggle.icon = ("check" if member else "times") if toggle.value else ""
+        button.disabled = True
 
-    button = widgets.Button(description="How did I do?")
+    for toggle in toggles:
+        toggle.observe(count, "value")
     button.on_click(judge)
     grid = widgets.GridBox(cards, layout={"grid_template_columns": "repeat(auto-fill, 100px)", "max_width": "1040px"})
     return widgets.VBox([grid, button, answer])

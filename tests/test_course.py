@@ -210,4 +210,27 @@ def test_ranks_among_nonmembers_agree_with_the_auc():
 
 def test_nobody_sits_at_a_test():
     assert not course.is_interactive()
-    assert course.play(np.zeros((2, 4, 4, 3), np.uint8), np.array([True, False])) is None
+    figure = object()  # stands where nobody can click
+    assert course.play(np.zeros((2, 4, 4, 3), np.uint8), np.array([True, False]), figure) is figure
+
+
+def test_the_game_counts_what_was_clicked_and_a_slip_does_not_end_it():
+    grid, button, answer = course.make_game(
+        np.zeros((4, 4, 4, 3), np.uint8), np.array([True, False, True, False])
+    ).children
+    toggles = [card.children[1] for card in grid.children]
+    button.click()
+    assert "None is chosen yet" in answer.value and not any(toggle.button_style for toggle in toggles)
+    for toggle in toggles[:3]:
+        toggle.value = True
+    assert "Chosen: 3." in answer.value
+    button.click()
+    assert "members among them: 2 of 2. Guessing finds 1.5" in answer.value and button.disabled
+    assert [(t.button_style, t.icon) for t in toggles] == [
+        ("danger", "check"),
+        ("", "times"),
+        ("danger", "check"),
+        ("", ""),
+    ]
+    told, toggles[3].value = answer.value, True
+    assert answer.value == told  # clicks after the answer change nothing

@@ -40,7 +40,7 @@ def _read(file: zipfile.ZipFile) -> dict[str, Any]:
     if not frames:
         raise KeyError("no CamVid/train/*.png in it")
     images, masks, classes = [], [], get_label_space("camvid")
-    for split, name in tqdm(frames, desc="reading camvid", unit="image", disable=len(frames) < 100):
+    for split, name in tqdm(frames, desc="reading camvid", unit="image", leave=False, disable=len(frames) < 100):
         with file.open(entries["CamVid", split, name]) as opened, Image.open(opened) as image:
             images.append(np.asarray(image.convert("RGB")))
         with file.open(entries["CamVid", f"{split}annot", name]) as opened, Image.open(opened) as image:

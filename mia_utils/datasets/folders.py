@@ -218,9 +218,10 @@ def count_threads() -> int:
 
 def map_files(function: Callable[..., Any], items: Sequence[tuple], *, title: str) -> Iterator[Any]:
     """Call a function of each item in threads; results in order, with a bar when there are many."""
+    few = None if len(items) >= 1000 else True  # None: only where a terminal shows it
     with (
         ThreadPoolExecutor(count_threads()) as executor,
-        tqdm(total=len(items), desc=title, unit="image", disable=None if len(items) >= 1000 else True) as bar,
+        tqdm(total=len(items), desc=title, unit="image", leave=False, disable=few) as bar,
     ):
         for start in range(0, len(items), QUEUED):  # decoded rows wait in memory: threads run ahead by a bounded number
             for result in executor.map(lambda item: function(*item), items[start : start + QUEUED]):

@@ -30,7 +30,7 @@ from mia_utils.plots.style import CONTROLS, FULL, INK, STYLE, Drawn, color_of, d
 
 from mia_utils.plots.style import label_of, make_figure, marker_of  # isort: skip
 
-_DIVERGING = sns.diverging_palette(25, 245, s=85, l=60, as_cmap=True)  # below .5, .5, above; ink is read on all of it
+_DIVERGING = sns.diverging_palette(25, 245, s=70, l=60, as_cmap=True)  # below .5, .5, above; light enough for ink
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)))
 _KEEP = "attack control target method knowledge shadow seed n_seeds verdict n_members n_nonmembers".split()
 
@@ -144,8 +144,8 @@ def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None
         below, above = (
             0 <= j < len(named) and named[j][0] == x and abs(named[j][1] - y) < 0.08 * reach for j in (i - 1, i + 1)
         )
-        at = dict(xytext=(5, 4.5 * (float(below) - float(above))), textcoords="offset points", va="center", fontsize=6.5, color=INK)
-        ax.annotate(name, (x, y), annotation_clip=False, **at)
+        at = dict(xytext=(5, 4.5 * (int(below) - int(above))), textcoords="offset points", va="center")
+        ax.annotate(name, (x, y), annotation_clip=False, fontsize=6.5, color=INK, **at)
     ticks = sorted(set(part["x"].dropna()))
     if len(ticks) <= 9:
         ax.set_xticks(ticks, _drop_touching(ax, ticks))
@@ -284,24 +284,26 @@ def plane(
         name_axes(ax, xlabel or str(x), ylabel)
         ax.set_xscale("log" if log else "linear")
         ax.grid(True)
-    for ax, part in panels:  # where all panels have their limits
-        _name_points(ax, part[part["seed"].isna() & part["mark"].astype(bool) & (part["label"] != "")])
+    for ax, part in panels:  # now that all have their limits
+        _name_points(ax, part[part["seed"].isna()])
     return finish(fig, data, rows=table, **named)
 
 
 def _name_points(ax: Axes, rows: pd.DataFrame) -> None:
-    """Write the names beside the dots, each on the first of eight places that is free of names and dots."""
+    """Write the names beside the marked dots, each at the first of eight places that is free of names and dots."""
     rows = rows.sort_values("value", ascending=False, kind="stable")
     dots = _to_points(ax, rows["x"], rows["value"])
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in dots]
+    taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in dots]
     (left, _), (right, _) = ax.transAxes.transform([(0, 0), (1, 1)]) * 72 / ax.figure.dpi
     for (x, y), own, row in zip(dots, taken[:], rows.itertuples(), strict=True):
+        if not row.mark or not row.label:
+            continue
         width, places = 3.6 * len(str(row.label)), []
         for dx, dy in ((5, 3), (5, -8), (-5, 3), (-5, -8), (5, 11), (5, -16), (-5, 11), (-5, -16)):
-            x0 = x + dx - (width if dx < 0 else 0)
-            box = (x0, y + dy - 1, x0 + width, y + dy + 6)
-            hits = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken if b != own)
-            places.append((hits + (box[0] < left) + (box[2] > right + 20), len(places), dx, dy, box))
+            x0, x1 = (x + dx, x + dx + width) if dx > 0 else (x + dx - width, x + dx)
+            y0, y1 = y + dy, y + dy + 6.5
+            hits = sum(x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in taken if b != own)
+            places.append((hits + (x0 < left) + (x1 > right + 20), len(places), dx, dy, (x0, y0, x1, y1)))
         _, _, dx, dy, box = min(places)
         taken.append(box)
         at = dict(xytext=(dx, dy), textcoords="offset points", fontsize=6, color=INK, ha="right" if dx < 0 else "left")

@@ -47,7 +47,7 @@ def make_scenes(
             raise ValueError(f"expected {name} to be a whole number from {low} to {high}, got {value!r}")
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), np.uint8)
     labels, boxes = np.empty(n, np.int64), np.empty((n, len(PART_NAMES), 4), np.float32)
-    for i in tqdm(range(n), desc=f"{style} {size} px", unit="image", delay=2, disable=not progress):
+    for i in tqdm(range(n), desc=f"{style} {size} px", unit="image", delay=2, leave=False, disable=not progress):
         images[i], masks[i], labels[i], boxes[i] = render(seeds.rng(seed, "scenes", style, i), int(size), style)
     return {
         "images": images, "masks": masks, "labels": labels, "class_names": CLASS_NAMES,
