@@ -81,7 +81,10 @@ def read_figures(profile: str) -> list[dict[str, Any]]:
     from PIL import Image  # slow to import beside jinja2
 
     texts, figures = _read_readings(), []
-    for path in sorted(paths.get_figures_dir(profile).glob("fig*.png")):
+    cells = (cell for path in parameters.find_notebooks().values() for cell in read_cells(path) if cell.kind == "code")
+    order = list(dict.fromkeys(name for cell in cells for name in FIGURES.findall(cell.source)))  # as in the notebooks
+    rank = lambda path: (path.stem[:5], order.index(path.stem) if path.stem in order else len(order), path.stem)  # noqa: E731
+    for path in sorted(paths.get_figures_dir(profile).glob("fig*.png"), key=rank):
         with Image.open(path) as image:
             entry = {key.lower(): image.info.get(key, "") for key in ("Title", "Paper", "Caption", "Here")}
             entry |= {"width": image.width, "height": image.height, "name": path.stem, "file": path.name}
