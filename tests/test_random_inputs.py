@@ -15,7 +15,7 @@ from scipy import stats
 
 from mia_utils.protocol import intervals, metrics, resampling
 
-N_INPUTS = int(os.environ.get("MIA_INPUTS", "20000"))
+N_INPUTS = int(os.environ.get("MIA_INPUTS", "10000"))
 N_WEIGHTS = 200  # an input is a score, its sides and weights; these share a score, which is evaluated as a whole too
 RATES = np.array([0.1, 0.3, 0.55, 1.0])
 

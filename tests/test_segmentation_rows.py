@@ -24,6 +24,7 @@ def train(pool, rows, seed=0, **options):
         labels=pool.masks[rows][:, :, :24],
         arch="mobilenet_v2",
         epochs=2,
+        batch_size=4,
         seed=seed,
         n_classes=len(pool.mask_class_names),
         progress=False,
@@ -33,7 +34,7 @@ def train(pool, rows, seed=0, **options):
 
 
 def test_a_segmenter_is_trained_resumed_saved_and_opened_by_the_one_loop(pool, tmp_path):
-    rows = np.arange(20)
+    rows = np.arange(8)
     whole = train(pool, rows)
     resume = {"resume_path": tmp_path / "resume.pt"}
     train(pool, rows, stop_after=1, **resume)
