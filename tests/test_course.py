@@ -107,7 +107,7 @@ def test_source_is_shown_with_its_place_and_without_its_docstring():
 
 
 def test_long_source_is_cut_at_25_lines():
-    lines = course.show_source(course.play).data.partition("```python\n")[2].removesuffix("\n```").splitlines()
+    lines = course.show_source(course.make_game).data.partition("```python\n")[2].removesuffix("\n```").splitlines()
     assert len(lines) == 25 and "lines more" in lines[-1]
 
 
