@@ -331,7 +331,8 @@ SMALL = ("vit_nano_patch8_32", "swin_thin_32", "resnet_thin_32", "mobilenet_v2")
 def test_plain_options_fit_every_network(method, arch):
     """Rows of these options are not tried by a plan, which so needs no torch."""
     known, treated = choices.FIT_OPTIONS | choices.METHOD_OPTIONS[method], arch.startswith(("vit_", "mobilenet"))
-    low = {key: ends[0] for key, ends in choices.PLAIN.items() if key in known} | {"lr": 1e-3}
+    low = {key: ends[0] for key, ends in choices.PLAIN.items() if key in known}
+    low |= {"lr": 1e-3, "n_local": 0, "queue_size": 1}
     high = low | {key: 0.9 for key in ("mask_ratio", "momentum", "label_smoothing", "dropout", "drop_path", "warmup")}
     high |= {"batch_size": 32, "n_local": 8, "queue_size": 32}
     both = [low, high] + [high | {key: 2.0} for key in ("mixup", "distill", "minmax") if method == "unet"]
