@@ -21,7 +21,8 @@ from mia_utils import paths, seeds
 from mia_utils.protocol import intervals
 from mia_utils.runner import parameters, profiles
 
-UNTRAINED = ("mim", "encodermi-t", "lpla", "seg-global-loss", "token-spread", "gradient-norm")  # attacks that train no attacker
+# attacks that train no attacker
+UNTRAINED = ("mim", "encodermi-t", "lpla", "seg-global-loss", "token-spread", "gradient-norm")
 
 
 @functools.cache
