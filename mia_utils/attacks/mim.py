@@ -195,7 +195,7 @@ def extract_gradient_norm(
     """White box: log norm (N, 1) of the training loss's gradient by all weights, smaller = more likely a member.
 
     Whoever holds the weights sees more than any query; what this attack misses, no query shows either. Source of
-    gradients as a membership signal: Nasr, Shokri, Houmansadr (arXiv 1812.00910). The masks are those of the MIM attack.
+    gradients as a membership signal: Nasr, Shokri, Houmansadr (arXiv 1812.00910). The masks are the MIM attack's.
     """
     if not callable(getattr(model, "loss", None)):
         raise ValueError(f"expected a masked-image model with its training loss, got {type(model).__name__}")
