@@ -112,7 +112,7 @@ def versus(table: pd.DataFrame, one: str, other: str, names: tuple[str, str]) ->
     if pd.isna(first["auc"]) or pd.isna(second["auc"]):
         return f"{names[0]} against {names[1]}: not both in this profile"
     if not _apart(first, second):
-        return f"{names[0]} and {names[1]} do equally well: AUC {_auc(first)} and {_auc(second)}"
+        return f"{names[0]} and {names[1]} are not told apart: AUC {_auc(first)} and {_auc(second)}"
     if first["auc"] < second["auc"]:
         first, second, names = second, first, names[::-1]
     return f"{names[0][0].upper()}{names[0][1:]} beat {names[1]}: AUC {_auc(first)} against {_auc(second)}"

@@ -53,7 +53,9 @@ def image_grid(
     captions = [[wrap(c, side * 16) for c in row] for row in captions or [[""] * n_cols] * n_rows]
     below = sum(0.14 * max(c.count("\n") + bool(c) for c in row) for row in captions)
     width = max(3.6, min(FULL, n_cols * side * spread + beside))
-    fig, axes = make_figure(n_rows, n_cols, width=width, height=n_rows * (side + 0.05) + below + 0.5)
+    shapes = [c.shape for row in cells for c in row if _kind(c) in ("image", "heat")]
+    high = max((h / w for h, w, *_ in shapes), default=1.0) if len(shapes) == sum(map(len, cells)) else 1.0
+    fig, axes = make_figure(n_rows, n_cols, width=width, height=n_rows * (side * high + 0.05) + below + 0.5)
     heats = [np.asarray(c, float) for row in cells for c in row if _kind(c) == "heat"]
     if norm is None and heats:
         norm = mpl.colors.Normalize(min(h.min() for h in heats), max(h.max() for h in heats))
