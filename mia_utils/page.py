@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from mia_utils import __version__, course, lab, paths
+from mia_utils import __version__, course, lab, paths, say
 from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
 from mia_utils.results import to_markdown
 from mia_utils.runner import parameters, profiles
@@ -170,13 +170,24 @@ def say_findings(results: pd.DataFrame) -> str:
         name = f"{label_of(a['attack'])} on {label_of(a['method'])}"
         how = f"{a['n_train']:,.0f} images, {a['epochs']:,.0f} epochs, {n} training{'s' * (n > 1)}"
         auc, auc_b = (f"{format_interval(r['auc'], r['auc_low'], r['auc_high'])}, {r['verdict']}" for r in (a, b))
-        blind = part[part["control"] != ""].drop_duplicates("control")
+        blind = part[~part["control"].isin(["", "permuted"])].drop_duplicates("control")
         controls = ", ".join(f"{label_of(c['control'])} {format_value(c['auc'])}" for _, c in blind.iterrows())
         worth = f"utility {format_value(a['utility'])}, untrained {format_value(a['utility_untrained'])}"
         rate = f"TPR at 1 % FPR {format_value(a['tpr_at_1'])}"
         lines.append(
             f"- **{question}** {name} ({how}): AUC {auc}; {rate}. *Controls*: {controls}. "
-            f"*Beside it*: {worth}; {other}: AUC {auc_b}. *It does not say* how much larger encoders leak."
+            f"*Beside it*: {worth}; {other}: AUC {auc_b}. *Not said*: how much larger encoders leak."
+        )
+    probed = rows[(rows["study"] == "probes") & (rows["control"] == "") & (rows["method"] == "mae")]
+    if len(probed):
+        probed = probed[probed["checkpoint"] == probed["checkpoint"].min()]  # where there is room above and below
+        probed = probed.assign(probe=probed["probes"].fillna("parts").where(probed["attack"] == "partcrop"))
+        both = say.versus(probed, "probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
+        others = (probed[probed["probe"] == "other-image"], probed[probed["attack"] == "token-spread"])
+        other, one = (format_interval(*rows[["auc", "auc_low", "auc_high"]].iloc[0]) for rows in others)
+        lines.append(
+            f"- **Does PartCrop read parts?** {both} (MAE, {probed['checkpoint'].iloc[0]:,.0f} epochs). *Control*: another "
+            f"image's tokens {other}. *Beside it*: token spread, *one* query, {one}. *Not said*: the same of more tokens."
         )
     blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
     if {"released-view", "controlled"} <= set(blind.index):
@@ -184,7 +195,7 @@ def say_findings(results: pd.DataFrame) -> str:
         lines.append(
             f"- **How far does one get without any model?** To AUC {flawed} when members come cropped and non-members "
             f"whole, as in released code; *control*: {clean} with one view for all, as in every row here. "
-            "*It does not say* that published attacks find nothing."
+            "*Not said*: that published attacks find nothing."
         )
     return "\n".join(lines)
 
