@@ -28,6 +28,13 @@ class Target:
     defense: str | None = None
     strength: float | None = None  # in the defense's own unit; the epoch for early stopping
 
+    def __post_init__(self) -> None:
+        """Refuse half a defense."""
+        if self.defense is None and self.strength is not None:
+            raise ValueError(f"strength {self.strength!r} belongs to a defense: name one")
+        if self.defense == "early-stopping" and self.strength is None:
+            raise ValueError("early-stopping needs a strength: the epoch")
+
 
 @dataclasses.dataclass(frozen=True)
 class Attacker:
@@ -97,12 +104,10 @@ def resolve(
     epochs = dict(checkpoint=checkpoint, shadow_checkpoint=shadow_checkpoint, n_nonmembers=n_nonmembers)
     for name, value in (epochs | {"reference_checkpoint": attacker.reference_checkpoint}).items():
         least = int(name == "n_nonmembers")
-        if value is None and (name != "checkpoint" or target.defense != "early-stopping"):
+        if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
-    if target.defense is None and target.strength is not None:
-        raise ValueError(f"strength {target.strength!r} belongs to a defense: name one")
     if attacker.attacker not in ("adaptive", "static"):
         raise ValueError(f"expected attacker 'adaptive' or 'static', got {attacker.attacker!r}")
     static = attacker.attacker == "static"

@@ -173,14 +173,14 @@ class Lab:
     def measure(self, model_id: str, *, defense: str | None = None, strength: float | None = None) -> dict[str, float]:
         """Measure the utility of a model behind a defense of its outputs, in [0, 1]; kept on disk."""
         row, folder = self.profile.row(model_id), self.folder(model_id)
+        target = Target(model_id, defense, strength)
         spec = {"kind": "utility", "readable": model_id, "model": folder.name, "recipe": artifacts.RECIPES["scores"]}
         spec |= {"defense": defense, "strength": strength}
 
         def make(into: Path) -> dict:
             run, pool, split = self.model(model_id), self.pool(row.dataset), self.split(model_id)
-            epoch = -1 if strength is None else strength  # which no model has
-            model = run.encoder_at(epoch if defense == "early-stopping" else None)
-            model = calls.defend(model, Target(model_id, defense, strength), seed=row.seed)
+            model = run.encoder_at(strength if defense == "early-stopping" else None)
+            model = calls.defend(model, target, seed=row.seed)
             if row.method in profiles.SEGMENTERS:
                 members, nonmembers = train.get_sides(row, split)
                 return train.measure_segmenter(model, pool, members, nonmembers[: train.HELDOUT_IMAGES])

@@ -170,7 +170,8 @@ def say_findings(results: pd.DataFrame) -> str:
         name = f"{label_of(a['attack'])} on {label_of(a['method'])}"
         how = f"{a['n_train']:,.0f} images, {a['epochs']:,.0f} epochs, {n} training{'s' * (n > 1)}"
         auc, auc_b = (f"{format_interval(r['auc'], r['auc_low'], r['auc_high'])}, {r['verdict']}" for r in (a, b))
-        blind = part[~part["control"].isin(["", "permuted"])].drop_duplicates("control")
+        blind = part[part["control"] != ""].drop_duplicates("control")
+        blind = blind[(blind["control"] != "permuted") | ~blind["attack"].isin(course.UNTRAINED)]
         controls = ", ".join(f"{label_of(c['control'])} {format_value(c['auc'])}" for _, c in blind.iterrows())
         worth = f"utility {format_value(a['utility'])}, untrained {format_value(a['utility_untrained'])}"
         rate = f"TPR at 1 % FPR {format_value(a['tpr_at_1'])}"
@@ -178,16 +179,22 @@ def say_findings(results: pd.DataFrame) -> str:
             f"- **{question}** {name} ({how}): AUC {auc}; {rate}. *Controls*: {controls}. "
             f"*Beside it*: {worth}; {other}: AUC {auc_b}. *Not said*: how much larger encoders leak."
         )
-    probed = rows[(rows["study"] == "probes") & (rows["control"] == "") & (rows["method"] == "mae")]
+    probed = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "") & (rows["method"] == "mae")]
     if len(probed):
-        probed = probed[probed["checkpoint"] == probed["checkpoint"].min()]  # where there is room above and below
-        probed = probed.assign(probe=probed["probes"].fillna("parts").where(probed["attack"] == "partcrop"))
-        both = say.versus(probed, "probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
-        others = (probed[probed["probe"] == "other-image"], probed[probed["attack"] == "token-spread"])
-        other, one = (format_interval(*rows[["auc", "auc_low", "auc_high"]].iloc[0]) for rows in others)
+        probed = probed.assign(probe=probed["probes"].fillna("parts").where(probed["attack"] == "partcrop", "spread"))
+        probed = probed[probed["attack"] != "token-spread-lr"]
+        room = probed[probed["study"] == "probes"].sort_values("checkpoint", kind="stable").drop_duplicates("probe")
+        fine = probed[probed["arch"].str.contains("patch4")]
+        ends, few = (
+            {r["probe"]: format_interval(r["auc"], r["auc_low"], r["auc_high"]) for _, r in part.iterrows()}
+            for part in (room, fine)
+        )
+        both = say.versus(room, "probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
+        finer = f" With 64 tokens: own parts {few['parts']}, random {few['random']}." if few else ""
         lines.append(
-            f"- **Does PartCrop read parts?** {both} (MAE, {probed['checkpoint'].iloc[0]:,.0f} epochs). *Control*: another "
-            f"image's tokens {other}. *Beside it*: token spread, *one* query, {one}. *Not said*: the same of more tokens."
+            f"- **Does PartCrop read parts?** {both} (MAE, {room['checkpoint'].iloc[0]:,.0f} epochs, trainings: "
+            f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. *Beside it*: token "
+            f"spread, *one* query, {ends['spread']}.{finer} *Not said*: what larger encoders do."
         )
     blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
     if {"released-view", "controlled"} <= set(blind.index):

@@ -180,9 +180,7 @@ def test_target_and_shadow_share_the_split_and_nothing_else(lab):
     [
         (dict(study="../x"), "expected study to be a name"),
         (dict(targets=None), "expected model ids, rows of lab.models.. or targets"),
-        (dict(targets=labs.Target("mae-target-s0", strength=3.0)), "strength 3.0 belongs to a defense"),
         (dict(targets=labs.Target("mae-target-s0", "early-stopping", 1.7)), "checkpoint to be a whole number"),
-        (dict(targets=labs.Target("mae-target-s0", "early-stopping")), "checkpoint to be a whole number"),
         (dict(n_nonmembers=-5), "n_nonmembers to be a whole number of at least 1, got -5"),
         (dict(n_nonmembers=2.5), "n_nonmembers to be a whole number of at least 1, got 2.5"),
         (dict(checkpoint=True), "checkpoint to be a whole number of at least 0, got True"),
@@ -218,8 +216,12 @@ def test_what_is_missing_is_one_line(lab):
         lab.models(metod="mae")
     with pytest.raises(ValueError, match="expected a row of lab.results, got int"):
         lab.scores(3)
-    with pytest.raises(ValueError, match="no checkpoint of epoch -1"):
+    with pytest.raises(ValueError, match="early-stopping needs a strength: the epoch"):
         lab.measure("mae-target-s0", defense="early-stopping")
+    with pytest.raises(ValueError, match="early-stopping needs a strength: the epoch"):
+        labs.Target("mae-target-s0", "early-stopping")
+    with pytest.raises(ValueError, match="strength 3.0 belongs to a defense"):
+        labs.Target("mae-target-s0", strength=3.0)
 
 
 def test_defenses_of_the_output_early_stopping_and_the_static_attacker(lab):

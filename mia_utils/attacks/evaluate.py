@@ -74,10 +74,10 @@ def evaluate(
         for queried, rows in ((target, is_target), (from_shadow, ~is_target)):
             if not rows.any():
                 continue
-            handed = {"image_ids": image_ids[rows], "seed": seed, "reference": subtracted}
+            handed = {"image_ids": image_ids[rows], "seed": seed, "reference": subtracted, "framing": framing}
             handed["view"] = view[rows] if protocol == "released-view" else "resize"
             handed["masks"] = None if pool.masks is None else pool.masks[index[rows]]
-            got = _extract(attack, queried, pool, index[rows], handed, extract_params, cache, framing)
+            got = _extract(attack, queried, pool, index[rows], handed, extract_params, cache)
             features = features if len(features) else np.empty((len(index), *got.shape[1:]), got.dtype)
             if got.shape[1:] != features.shape[1:]:
                 sizes = f"features {features.shape[1:]} of the target, {got.shape[1:]} of the shadow"
@@ -259,11 +259,9 @@ def _look_at(pool, index: np.ndarray, view: np.ndarray, size: int | None, seed: 
     return fit_fold
 
 
-def _extract(
-    attack: Attack, model, pool, rows: np.ndarray, handed: dict, params: dict, cache, framing: str | None
-) -> np.ndarray:
+def _extract(attack: Attack, model, pool, rows: np.ndarray, handed: dict, params: dict, cache) -> np.ndarray:
     """Query one model about the images ``rows`` of the pool, through the cache where that is safe."""
-    accepted = inspect.signature(attack.extract).parameters
+    accepted, framing = inspect.signature(attack.extract).parameters, handed.pop("framing")
     call = params | {k: v for k, v in handed.items() if k in accepted}
 
     def make() -> np.ndarray:
