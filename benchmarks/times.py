@@ -4,6 +4,7 @@
 
 Writes ``docs/times.csv`` (the README's table is read from it): a row per command that ran, rows of others stay. On a
 machine that does nothing else, with a Python that is not the clone's; ``--folder`` keeps the clone for the next call.
+The reference machine is that of ``runner/estimates.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def measure(name: str, clone: Path) -> dict[str, str]:
     code, seconds = process.wait(), time.perf_counter() - start
     minutes, rest = divmod(round(seconds), 60)
     said = f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    ask = "from mia_utils.runner.estimates import measure_pace; print(round(measure_pace(), 1))"
+    asked = subprocess.run([clone / ".venv/bin/python", "-c", ask], cwd=clone, capture_output=True, text=True)
     conditions = f"{os.cpu_count()} cores, load {load:.1f} at the start"
+    conditions += f", a thread takes {asked.stdout.strip() or '?'} times as long as the reference machine's"
     return dict(zip(FIELDS, (f"./run_all.sh {argument}", what, said, str(code), conditions), strict=True))
 
 

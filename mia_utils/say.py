@@ -183,7 +183,7 @@ def above(text: str, high: str, low: str) -> Expectation:
     """Expect the rows of query ``high`` above those of query ``low`` (their means, by their intervals)."""
 
     def judge(table: pd.DataFrame) -> tuple[str, str]:
-        one, other = (_average(table[table["seed"].isna()].query(query)) for query in (high, low))
+        one, other = (_average(attacks(table).query(query)) for query in (high, low))
         if pd.isna(one["auc"]) or pd.isna(other["auc"]):
             return _ABSENT
         return _compare(one, other, f"AUC {_auc(one)} against {_auc(other)}")
