@@ -214,7 +214,7 @@ def say_times() -> str:
         return ""
     table = pd.read_csv(path, dtype=str).fillna("")
     own = table["command"].str.startswith("./run_all.sh")
-    return to_markdown(table.loc[own, ["command", "what it does", "time", "conditions"]].head(6))
+    return to_markdown(table.loc[own, ["command", "what it does", "time"]].head(6))
 
 
 def fill_sections(path: Path, sections: dict[str, str]) -> None:
