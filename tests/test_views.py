@@ -7,6 +7,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from mia_utils import seeds
+from mia_utils.datasets.scenes import make_scenes
 from mia_utils.models import views
 
 
@@ -217,3 +218,13 @@ def test_wrong_shapes_and_views_are_refused(images):
         make_query_views(images / 255)
     with pytest.raises(ValueError, match="expected n >= 1"):
         views.draw_boxes(IDS, 3, height=32, width=32, scale=(0.5, 0.1), seed=0, stream="test")
+
+
+def test_hue_turns_the_way_of_torchvision_and_is_not_its_shift():
+    x = torch.from_numpy(make_scenes(40, progress=False)["images"]).permute(0, 3, 1, 2) / 255
+    factors = torch.full((len(x), 4), 0.5)  # .5 leaves brightness, contrast, saturation and hue alone
+    factors[:, 3] = torch.linspace(0, 1, len(x))
+    theirs = torch.stack([F.adjust_hue(a, 0.2 * u - 0.1) for a, u in zip(x, factors[:, 3].tolist(), strict=True)])
+    turned, back = views._jitter(x, factors), views._jitter(x, 1 - factors)
+    shift, apart, opposite = ((theirs - other).abs().mean() for other in (x, turned, back))
+    assert shift / 2 < apart < shift < opposite

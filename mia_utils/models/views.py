@@ -256,8 +256,8 @@ _N_CHANCES = 11  # uniform numbers per view; see _apply
 def _jitter(x: Tensor, u: Tensor, strength: float = 0.4) -> Tensor:
     """Brightness, contrast, saturation (x strength) and hue (+-0.1 turn), one set of factors per image.
 
-    Ours: hue turns around the gray axis. Torchvision shifts it in HSV; on CIFAR-10 the two differ by .010 in the mean,
-    where the shift itself changes a pixel by .013.
+    Ours: hue turns around the gray axis; torchvision shifts it in HSV. They turn the same way and differ by nearly as
+    much as the shift changes a pixel (a test measures both).
     """
     factor = 1 + strength * (2 * u[:, :3] - 1)
     x = (x * factor[:, 0, None, None, None]).clamp_(0, 1)

@@ -1,7 +1,7 @@
 """DINO: a student matches the sharpened, centered output of its own momentum teacher over views of many scales.
 
-Source: Caron et al. 2021 (arXiv 2104.14294); loss and head from lightly. Ours: saturation .4 as in SimCLR (released:
-.2), blur of half of all views (released: all first, a tenth of the second, half of the local ones).
+Source: Caron et al. 2021 (arXiv 2104.14294); loss and head from lightly. Ours: saturation .4 as in our SimCLR
+(released: .2), blur of half of all views (released: all first, a tenth of the second, half of the local ones).
 """
 
 from __future__ import annotations
