@@ -78,7 +78,8 @@ def load(
     Args:
         name: a name of ``list_names()``, ``folder:PATH`` (with ``images`` and ``masks`` in it: pairs), or the name of
             an npz file in ``root``. ``NAME@SPACE`` maps the masks to ``cityscapes``, ``camvid`` or ``scenes`` classes;
-            ``NAME@frames`` forgets the groups, ``NAME@official`` cuts them at the border of the official split.
+            ``NAME@frames`` forgets the groups, ``NAME@official`` cuts them at the border of the official split,
+            ``NAME@part`` changes nothing: a profile asks under this name for ``n`` images beside the whole set.
         root: folder of downloads and caches; None is ``MIA_DATA_DIR``, else ``data/raw``. ``scenes`` need none.
         size: height = width in pixels, or (height, width); scenes are drawn at this size (None: 32), others are
             scaled to cover it and center-cropped (Pillow bicubic; masks nearest). None keeps what is stored.
@@ -109,6 +110,8 @@ def load(
     if "@" in name:  # the same images, their masks in another label space
         source, _, space = name.partition("@")
         pool = load(source, root, size=size, n=n, seed=seed)
+        if space == "part":
+            return replace(pool, name=name)
         return split_carelessly(pool, space) if space in CARELESS else map_labels(pool, space)
     if name in scenes.STYLES:
         height, width = height_width or (32, 32)

@@ -22,7 +22,7 @@ GENERATED = ("scenes", "scenes-night", "scenes-sketch")
 DOWNLOADED = ("cifar10", "cifar100", "stl10", "camvid", "oxford_pets")
 PLACED = ("bdd100k", "cityscapes", "mapillary", "tiny_imagenet")  # by the user
 UNMASKED = ("cifar10", "cifar100", "stl10", "tiny_imagenet")
-SUFFIXES = ("cityscapes", "camvid", "scenes", "frames", "official")  # of NAME@SUFFIX
+SUFFIXES = ("cityscapes", "camvid", "scenes", "frames", "official", "part")  # of NAME@SUFFIX
 FOLDERS = {"tiny_imagenet": "tiny-imagenet-200"}  # what the unpacked archive is called, where not as the data set
 
 
