@@ -289,6 +289,14 @@ def test_a_void_class_in_the_middle_closes_the_gap_in_the_class_numbers(tmp_path
     assert pool.masks.tolist() == [[[0, 255], [1, 1]], [[255, 255], [0, 1]]]
 
 
+def test_a_part_is_the_set_itself_under_a_name_that_can_ask_for_fewer_images(tmp_path):
+    np.savez(tmp_path / "mine.npz", **make_arrays(6, size=2))
+    whole, part = datasets.load("mine", tmp_path), datasets.load("mine@part", tmp_path, n=4)
+    assert part.name == "mine@part" and len(part) == 4 and len(whole) == 6
+    where = np.flatnonzero(np.isin(whole.image_ids, part.image_ids))
+    assert np.array_equal(whole.images[where], part.images) and np.array_equal(whole.labels[where], part.labels)
+
+
 # ------------------------------------------------------------------------------------------- folders
 
 

@@ -153,6 +153,8 @@ def test_photos_repeats_its_main_rows_with_three_seeds_and_nothing_else_changed(
         (("first: a", "defaults: {epoch: 3}"), "models: a: unknown key 'epoch' (did you mean 'epochs'?)"),
         (("first: a", "defaults: {mae: {mae: 3}}"), "models: a: unknown key 'mae'"),
         (("first: a", "defaults: 3"), "defaults: expected fields of rows, got 3"),
+        (("epochs: 2}", "epochs: 2, seeds: 0}"), "models: a: seeds: expected 1 to 1000 trainings, got 0"),
+        (("epochs: 2}", "epochs: 2, seeds: [0, 1]}"), "models: a: seeds: expected 1 to 1000 trainings, got [0, 1]"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_file_section_and_key(change, said):
@@ -195,6 +197,15 @@ def test_rows_inherit_defaults_and_their_own_entries_win():
     found = {row.id: (row.arch, row.epochs, row.options) for row in profile.models}
     mask, lr = {"mask_ratio": 0.5}, {"lr": 0.1}
     assert found == {"a": ("vit_nano_patch8_32", 2, mask), "b": ("x", 4, mask), "c": ("x", 5, lr), "d": ("x", 1, {})}
+
+
+def test_a_row_with_seeds_is_as_many_rows():
+    text = GOOD.replace("id: a", "id: a, seeds: 3").replace("first: a", "first: a-s0")
+    found = profiles.parse(text, source="p").models
+    assert [(row.id, row.seed) for row in found] == [("a-s0", 0), ("a-s1", 1), ("a-s2", 2)]
+    by_hand = [ROW.replace("id: a", f"id: a-s{seed}, seed: {seed}") for seed in range(3)]
+    written = text.replace(f"  - {ROW.replace('id: a', 'id: a, seeds: 3')}", "\n".join(f"  - {r}" for r in by_hand))
+    assert found == profiles.parse(written, source="p").models
 
 
 def test_the_options_written_down_are_those_of_the_signatures():

@@ -176,7 +176,7 @@ def parse(text: str, *, source: str, name: str | None = None) -> Profile:
     """Check the text of a profile, which must carry ``name``; a wrong entry is ``<source>: <section>: <key>: ...``.
 
     ``defaults:`` holds fields that every row inherits, and under the name of a method fields of that method's rows; the
-    nearest wins, ``options`` as a whole.
+    nearest wins, ``options`` as a whole. A row with ``seeds: N`` is N rows, ``<id>-s0`` and so on.
     """
     values: Any = None
     if len(text) > MOST_TEXT:
@@ -210,10 +210,17 @@ def _fill_rows(values: dict) -> None:
     for fields in (defaults, *of_method.values()):
         if not isinstance(fields, dict):
             raise ValueError(f"defaults: expected fields of rows, got {choices.shorten(fields)}")
-    shared = {key: value for key, value in defaults.items() if key not in of_method}
-    for i, row in enumerate(rows if isinstance(rows, list) else []):
+    shared, filled = {key: value for key, value in defaults.items() if key not in of_method}, []
+    for row in rows if isinstance(rows, list) else []:
         if isinstance(row, dict):
-            rows[i] = shared | of_method.get(str(row.get("method", shared.get("method"))), {}) | row
+            row = shared | of_method.get(str(row.get("method", shared.get("method"))), {}) | row
+        if not isinstance(row, dict) or "seeds" not in row:
+            filled.append(row)
+            continue
+        if not (type(n := row.pop("seeds")) is int and 0 < n <= 1000):
+            raise ValueError(f"models: {row.get('id')}: seeds: expected 1 to 1000 trainings, got {choices.shorten(n)}")
+        filled += [row | {"id": f"{row.get('id')}-s{seed}", "seed": seed} for seed in range(n)]
+    values |= {"models": filled} if isinstance(rows, list) else {}
 
 
 def _find_wrong_name(profile: Profile, name: str) -> str | None:
