@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +75,22 @@ def get_threads() -> int | None:
     if value and not (value.isascii() and value.isdigit() and int(value) > 0):
         raise ValueError(f"OMP_NUM_THREADS: expected a number of at least 1, got {value!r}; set it or unset it")
     return int(value) if value else None
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold a lock file among all processes: of two that make the same thing one waits, and then looks again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path).acquire()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"can't write to {path.parent} ({reason}): free space or give the right to write") from None
+    with held:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # whoever waits for it opens another
 
 
 def write_atomic(path: str | Path, content: str | bytes | Callable[[BinaryIO], Any]) -> Path:

@@ -21,7 +21,6 @@ from typing import Any
 import pandas as pd
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
-from PIL import Image
 
 from mia_utils import lab, page, paths, results
 from mia_utils.runner import artifacts, parameters, profiles
@@ -57,7 +56,7 @@ def _write_page(name: str, profile: str, docs: Path) -> Path:
         source = cell.source
         if cell.kind == "code":
             if output is None:
-                output = kept.get(_digest(source), _link_figures(source, profile))
+                output = kept.get(_digest(source), "")
             output = output.replace("\n```\n\n```text\n", "\n")  # what was printed in two goes is one text
             source = f"```python\n{source}\n```" + (f"\n\n{output}" if output else "")
         text += f"{source}\n\n"
@@ -140,17 +139,6 @@ def _read_output(output: dict[str, Any]) -> str:
     if output["output_type"] == "stream":
         return _quote("".join(output["text"])) if output["name"] == "stdout" else ""
     return to_markdown(output.get("data", {}))
-
-
-def _link_figures(source: str, profile: str) -> str:
-    """Link the committed figures that a cell writes, with the title that stands in them as alternative text."""
-    links = []
-    for name in page.FIGURES.findall(source):
-        path = paths.get_figures_dir(profile) / f"{name}.png"
-        if path.is_file():
-            with Image.open(path) as image:
-                links.append(f"![{image.info.get('Title', name)}](../figures/{profile}/{name}.png)")
-    return "\n\n".join(links)
 
 
 def _digest(source: str) -> str:

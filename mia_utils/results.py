@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -321,7 +319,7 @@ class Store:
 
         table = tabulate([row for own in index["rows"].values() for row in own], studies, merge)
         arrays["index"] = np.array(json.dumps(index, sort_keys=True))
-        paths.write_atomic(self.archive, lambda file: _write_npz(file, arrays))
+        paths.write_atomic(self.archive, lambda file: np.savez_compressed(file, **dict(sorted(arrays.items()))))
         paths.write_atomic(self.archive.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6g"))
         return self.archive
 
@@ -361,12 +359,3 @@ def _name_study(study: str, attack: str) -> str:
 
 def _name_merged(keys: list[str], control: str) -> str:
     return _digest(" ".join([*keys, control]).encode())
-
-
-def _write_npz(file: Any, arrays: dict[str, np.ndarray]) -> None:
-    """``np.savez_compressed`` with a fixed time in every member: the same scores are the same bytes."""
-    with zipfile.ZipFile(file, "w") as archive:
-        for name in sorted(arrays):
-            buffer, member = io.BytesIO(), zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
-            np.lib.format.write_array(buffer, np.asanyarray(arrays[name]), allow_pickle=False)
-            archive.writestr(member, buffer.getvalue(), zipfile.ZIP_DEFLATED)

@@ -6,7 +6,7 @@ Nothing here reads or writes the global random state.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,20 +54,10 @@ class RowGenerator:
             raise ValueError(f"expected draws for the {self._n_rows} rows of this process, got size {size}")
         return self._n, *rest
 
-    def random(self, size: int | tuple[int, ...], dtype: type = np.float64) -> np.ndarray:
-        return self._rng.random(self._widen(size), dtype=dtype)[self._rows]
-
-    def uniform(self, low: float, high: float, size: int | tuple[int, ...]) -> np.ndarray:
-        return self._rng.uniform(low, high, self._widen(size))[self._rows]
-
-    def integers(self, low: int, high: int, size: int | tuple[int, ...]) -> np.ndarray:
-        return self._rng.integers(low, high, self._widen(size))[self._rows]
-
-    def normal(self, loc: float, scale: float, size: int | tuple[int, ...]) -> np.ndarray:
-        return self._rng.normal(loc, scale, self._widen(size))[self._rows]
-
-    def beta(self, a: float, b: float, size: int | tuple[int, ...]) -> np.ndarray:
-        return self._rng.beta(a, b, self._widen(size))[self._rows]
+    def __getattr__(self, name: str) -> Any:
+        """``random``, ``uniform``, ``integers``, ``normal``, ``beta``: their last argument is the size."""
+        draw = getattr(self._rng, name)
+        return lambda *given, **options: draw(*given[:-1], self._widen(given[-1]), **options)[self._rows]
 
     def choice(self, a: int, size: int, replace: bool = True) -> np.ndarray:
         """Integers in [0, a); with replacement also where the whole batch is larger than a."""

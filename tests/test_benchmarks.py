@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from mia_utils import datasets
 from mia_utils.attacks import partcrop
 from mia_utils.models import encoders, views
+from mia_utils.runner import estimates, profiles
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 COLUMNS = ["what", "rate", "unit", "ratio", "against", "spread"]
@@ -171,6 +172,17 @@ class Streamed:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         self.decoded.append(len(self))
         return self.images
+
+
+def test_the_share_of_a_job_is_its_operations_at_the_rate_of_a_product(load, tmp_path, monkeypatch):
+    job, whole = load("job"), profiles.load("smoke")
+    few = whole.model_copy(update={"models": [row for row in whole.models if row.id.startswith("mae-target")]})
+    monkeypatch.setattr(profiles, "load", lambda name: few)
+    table = run(job, tmp_path, "--seconds", "100", "--profile", "smoke").set_index("what")
+    products, all_of_it = table.loc["smoke: products of all trainings"], table.loc["smoke: the whole job"]
+    assert all_of_it["share"] == 1 and 0 <= products["share"] < 1
+    (row,) = few.models
+    assert job.count_gflop(row, few) == pytest.approx(32 * 30 * estimates.count_step("mae", row.arch, "none")[0])
 
 
 def test_streamed_images_are_decoded_a_chunk_at_a_time(encoder, images):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mia_utils import datasets
+from mia_utils import datasets, paths
 from mia_utils.datasets import cache, sources, torchvision_sets
 
 
@@ -667,6 +667,6 @@ def test_scenes_are_generated_where_the_data_folder_can_not_be_written(tmp_path,
     def refuse(*args, **kwargs):
         raise ValueError("can not write")
 
-    monkeypatch.setattr(cache, "lock", refuse)
+    monkeypatch.setattr(paths, "hold", refuse)
     assert len(datasets.load("scenes-sketch", tmp_path, n=2)) == 2
     assert not list(tmp_path.iterdir())

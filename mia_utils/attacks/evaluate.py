@@ -98,8 +98,6 @@ def evaluate(
     meta["params"] |= {"framing": framing} if framing else {}
     meta |= dict(fitted=attack.fitted)
     meta |= dict(n_references=len(references), calibration=calibration) if references else {}
-    if "reconstruct" in attack.needs:  # the target's decoder leaks far more than one the attacker trains
-        meta["decoder"] = getattr(model, "decoder_of", "target")
     score = np.asarray if references else attack.score
     learn = functools.partial(_learn, attack, score, image_ids, fit_params, protocol == "released-selection")
     run = functools.partial(_cross_fit, name, roles, image_ids, meta=meta, seed=seed)

@@ -2,8 +2,8 @@
 
 Source: Li, He, Yu, Zhang (arXiv 2408.06825). Steps: 1 masks, 2 reconstructions, 3 distance to the true pixels, averaged
 over the masks; 4 with a reference model, minus its distance. Models are often released without a decoder:
-``fit_decoder`` trains the attacker's own over the frozen encoder, a much weaker attack. Ours: M seeded masks, the same
-for every image: what a mask adds by being hard it adds to members and non-members alike.
+``train_decoder`` trains the attacker's own over the frozen encoder, a much weaker attack. Ours: M seeded masks,
+the same for every image: what a mask adds by being hard it adds to members and non-members alike.
 Letters: N images, M masks, L patches.
 """
 
@@ -80,7 +80,7 @@ def _check_model(autoencoder: object) -> None:
         got = "None (this method has no decoder)" if autoencoder is None else type(autoencoder).__name__
         if isinstance(autoencoder, Encoder):
             patches = hasattr(autoencoder.module, "patch_embed")
-            way = "train a decoder over it with attacks.mim.fit_decoder" if patches else "it has no patches to mask"
+            way = "train a decoder over it with attacks.mim.train_decoder" if patches else "it has no patches to mask"
             got = f"the encoder {autoencoder.name!r} alone: {way}"
         raise ValueError(f"expected an autoencoder with reconstruct(images, masks) and n_tokens, got {got}")
     if round(autoencoder.n_tokens**0.5) ** 2 != autoencoder.n_tokens:
@@ -226,10 +226,3 @@ def train_decoder(
         is_swin = hasattr(encoder.module, "patch_embed") and not hasattr(encoder.module, "blocks")
         method = "simmim" if is_swin or encoder.method == "simmim" else "mae"
     return pretrain.fit(method, images, encoder=encoder, epochs=epochs, seed=seed, **settings)
-
-
-def fit_decoder(encoder: Encoder, images: np.ndarray, **settings) -> torch.nn.Module:
-    """The autoencoder of :func:`train_decoder`, marked as the attacker's in the meta of what it scores."""
-    model = train_decoder(encoder, images, **settings).decoder
-    model.decoder_of = "attacker"
-    return model

@@ -25,6 +25,7 @@ from mia_utils.attacks import query
 from mia_utils.attacks.network import check_features, check_sets, compute_auc, pick_threshold, stop_early
 from mia_utils.datasets import VOID
 from mia_utils.models import views
+from mia_utils.models.outputs import change_posteriors
 
 TINY = 1e-30  # smallest posterior inside the logarithm, as released: no loss exceeds 69.08
 ARGMAX_DIVISOR = 50.0  # the released code divides the loss map of argmax posteriors (0 or 69.08) by this
@@ -46,11 +47,6 @@ def make_loss_map(posteriors: Tensor, labels: Tensor) -> Tensor:
     index = labels.unsqueeze(1).where(valid, 0)
     p = posteriors.gather(1, index) / posteriors.sum(1, keepdim=True).clamp_min(TINY)
     return -torch.log(p.clamp_min(TINY)) * valid + 0.0  # + 0: no negative zeros
-
-
-def make_argmax(posteriors: Tensor) -> Tensor:
-    """One-hot posteriors (N, C, H, W), of equals the first: what is left when a model only names classes."""
-    return torch.zeros_like(posteriors).scatter_(1, posteriors.argmax(1, keepdim=True), 1.0)
 
 
 def compute_mean_loss(posteriors: Tensor, labels: Tensor) -> Tensor:
@@ -137,7 +133,7 @@ def extract_loss_map(posteriors: Tensor, labels: Tensor) -> Tensor:
 @_query_with
 def extract_label_only(posteriors: Tensor, labels: Tensor) -> Tensor:
     """Loss maps of a model that only names classes: (N, 1, H, W) float16, 0 right and 1.38 = 69.08 / 50 wrong."""
-    return _to_grid(make_loss_map(make_argmax(posteriors), labels) / ARGMAX_DIVISOR)
+    return _to_grid(make_loss_map(change_posteriors(posteriors, "argmax"), labels) / ARGMAX_DIVISOR)
 
 
 @_query_with

@@ -19,7 +19,7 @@ from mia_utils import datasets
 from mia_utils.attacks import fingerprint
 from mia_utils.attacks.registry import get_attack
 from mia_utils.audit import battery, gates
-from mia_utils.audit.record import SHOWN, Report, describe_run
+from mia_utils.audit.record import SHOWN, Report
 from mia_utils.datasets import VOID, folders, pairs
 from mia_utils.models import encoders, segmenters
 from mia_utils.models.checkpoints import READ, read_safetensors
@@ -27,6 +27,7 @@ from mia_utils.models.speed import use_fast_products
 from mia_utils.protocol import metrics
 from mia_utils.protocol.intervals import leaves_half
 from mia_utils.protocol.result import Result
+from mia_utils.runner import artifacts
 
 FEWEST = 10  # independent images a side
 LEAST_GAIN = 0.1  # mIoU of a segmenter above that of one class everywhere; with less it hardly works on these images
@@ -321,7 +322,8 @@ def conclude(
         _attack(report, p, untrained, seed, say)
     hashes = {name: pool.take(is_member == side).hash for name, side in (("suspected", True), ("reference", False))}
     hashes = {"weights": fingerprint(p.subject.model) or "none"} | hashes
-    report.meta = describe_run(command or "audit.run(...)", seed, hashes, time.perf_counter() - start)
+    report.meta = dict(command=command or "audit.run(...)", seed=seed, hashes=hashes)
+    report.meta |= {"seconds": round(time.perf_counter() - start, 1)} | artifacts.get_provenance()
     return report
 
 

@@ -206,7 +206,7 @@ def compare_pixels(
         strict = metrics.evaluate(score, is_member, groups=groups, folds=fold, confidence=1 - level)
         rejected |= intervals.leaves_half(strict.auc_low, strict.auc_high)
     control = intervals.Control(result.auc, result.auc_low, result.auc_high, rejected=rejected)
-    auc = intervals.format_auc(found.auc[found.strongest])
+    auc = intervals.format_value(found.auc[found.strongest])
     strongest = f"strongest: {worst}, AUC {auc}, p = {found.p:.2g}"
     shown = f"no-model control {intervals.format_interval(*control[:3])}; {strongest}"
     if rejected:

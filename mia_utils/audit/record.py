@@ -7,10 +7,8 @@ import csv
 import html
 import io
 import json
-import sys
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,12 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from mia_utils import __version__, paths
+from mia_utils import paths
 from mia_utils.audit import draw
 from mia_utils.audit.battery import Found
 from mia_utils.audit.gates import Gate
 from mia_utils.protocol import intervals
-from mia_utils.protocol.intervals import Control, format_auc, format_interval
+from mia_utils.protocol.intervals import Control, format_interval, format_value
 from mia_utils.protocol.result import Result
 
 NOTHING, LEAK, INVALID, INCONCLUSIVE = 0, 3, 4, 5
@@ -110,7 +108,8 @@ class Report:
         failed = [gate.found for gate in self.gates if not gate.passed]
         if not failed and self.untrained and self.untrained[2] <= self.level:
             label, auc, p = self.untrained
-            return f"an untrained model tells the two sets apart as well ({label}: AUC {format_auc(auc)}, p = {p:.2g})"
+            said = f"{label}: AUC {format_value(auc)}, p = {p:.2g}"
+            return f"an untrained model tells the two sets apart as well ({said})"
         return "; ".join(failed)
 
     @property
@@ -144,7 +143,7 @@ class Report:
             if shown.verdict == "shown":
                 return LEAK, f"LEAK SHOWN: {higher}, if the folders differ in nothing else."
             return INCONCLUSIVE, f"INCONCLUSIVE: {higher}, but {intervals.say(shown)}: use more images."
-        seen = f"an AUC of {format_auc(self.minimum_detectable)} would have been seen"
+        seen = f"an AUC of {format_value(self.minimum_detectable)} would have been seen"
         if self.minimum_detectable <= ENOUGH and not self.doubt:
             text = f"NOTHING FOUND at level {self.level:g} ({tried}; strongest {auc}; {seen} in each with 80 % power)."
             return NOTHING, text
@@ -165,7 +164,7 @@ class Report:
         lines += [f"gate {g.name:<7} {'passes' if g.passed else 'FAILS'}: {g.found}" for g in self.gates]
         lines += [f"attack  {row['attack']}: AUC {row['interval']}, p = {row['p']:.2g}" for row in self.rows]
         if self.untrained:
-            lines.append(f"control untrained model, {self.untrained[0]}: AUC {format_auc(self.untrained[1])}")
+            lines.append(f"control untrained model, {self.untrained[0]}: AUC {format_value(self.untrained[1])}")
         lines += [f"not tried: {line}" for line in self.not_tried] + self.notes
         return "\n".join([*lines, self.verdict])
 
@@ -241,11 +240,3 @@ def _encode(image: np.ndarray) -> str:
     shown.thumbnail((96, 96))
     shown.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def describe_run(command: str, seed: int, hashes: dict[str, str], seconds: float) -> dict[str, Any]:
-    """What a reader needs to repeat the audit."""
-    versions = {name: metadata.version(name) for name in ("torch", "timm", "numpy", "scipy")}
-    versions |= {"python": sys.version.split()[0], "mia_utils": __version__}
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return dict(command=command, seed=seed, hashes=hashes, versions=versions, made=made, seconds=round(seconds, 1))

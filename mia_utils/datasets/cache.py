@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock
 
 from mia_utils import paths
 
@@ -92,23 +90,6 @@ def count_memory() -> float:
         return float("inf")
 
 
-@contextlib.contextmanager
-def lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold the lock under which a cache is made: of two jobs one makes it and the other waits, then looks again."""
-    path = folder / f".{name}.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path).acquire()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"can not write in {folder}: {reason}: get the right to, or set MIA_DATA_DIR") from error
-    with held:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
 def fetch(make: Callable[[], Any], root: Path, name: str, place: str) -> Any:
     """Download or open a data set; whatever goes wrong becomes one line that says what to place in ``root``."""
     try:
@@ -181,7 +162,7 @@ def map_rows(path: Path, n: int, rows: Iterator[np.ndarray]) -> np.memmap:
     """
     source = path.name.partition(".")[0]
     if not _is_whole(path):
-        with lock(path.parent, source):
+        with paths.hold(path.with_name(f".{source}.lock")):
             if not _is_whole(path):  # another job may have written it while this one waited
                 for old in path.parent.glob(f"{source}.*.npy"):
                     old.unlink()

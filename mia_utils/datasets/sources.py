@@ -210,7 +210,7 @@ def _resize(pool: Pool, size: tuple[int, int] | None) -> Pool:
 def _make_cache(name: str, folder: Path, source: Source, size: tuple[int, int] | None) -> Path:
     """Ask a source and write its cache, once even when several jobs start together."""
     path = cache.name_cache(folder, name, size if source.size else source.stored)
-    with cache.lock(folder, name):
+    with paths.hold(folder / f".{name}.lock"):
         if not path.is_file():  # another job may have written it while this one waited
             made = source.loader(folder, size=size) if source.size else source.loader(folder)
             made = made.arrays if isinstance(made, Pool) else made
@@ -244,7 +244,7 @@ def _load_scenes(style: str, size: int, n: int, seed: int, folder: Path | None) 
     path = folder / f"{style}-{size}px-{n}-seed{seed}-{hashlib.blake2b(code, digest_size=4).hexdigest()}.npz"
     if pool := read():
         return pool
-    with contextlib.suppress(ValueError), cache.lock(folder, path.stem):  # a read-only data folder or a full disk
+    with contextlib.suppress(ValueError), paths.hold(folder / f".{path.stem}.lock"):  # read-only or full
         pool = read() or draw()  # another job may have drawn them meanwhile
         cache.write_cache(path, pool.arrays)
     return pool or draw()

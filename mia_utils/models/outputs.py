@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mia_utils import seeds
-from mia_utils.models import views
+from mia_utils.datasets import to_float
 from mia_utils.models.encoders import Encoder
 from mia_utils.models.segmenters import Segmenter
 
@@ -37,8 +37,10 @@ def change_vectors(x: Tensor, defense: str, strength: float, draw: Callable[[], 
     return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
 
 
-def change_posteriors(p: Tensor, defense: str, strength: float | None, draw: Callable[[], Tensor]) -> Tensor:
-    """Change posteriors (N, C, H, W); they sum to one before and after."""
+def change_posteriors(
+    p: Tensor, defense: str, strength: float | None = None, draw: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """Change posteriors (N, C, H, W); they sum to one before and after. Of equals argmax names the first."""
     if defense == "noise":  # log p is the logits but for a shift common to all classes
         return (p.log() + strength * draw()).softmax(1)
     if defense == "temperature":
@@ -122,7 +124,7 @@ def measure_scale(encoder: Encoder, images: np.ndarray, *, batch_size: int = 256
         raise ValueError(f"expected at least 2 images, got {len(images)}")
     batches = (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
     with torch.inference_mode():
-        parts = [encoder.embed(views.read_floats(images, rows)).double().cpu() for rows in batches]
+        parts = [encoder.embed(to_float(images[rows])).double().cpu() for rows in batches]
     return float(torch.cat(parts).var(dim=0).mean().sqrt())
 
 

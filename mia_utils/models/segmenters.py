@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mia_utils.models import checkpoints, layouts, views, wrapping
+from mia_utils.datasets import to_float
+from mia_utils.models import checkpoints, layouts, wrapping
 from mia_utils.models.backbones import first_line
-from mia_utils.models.encoders import HALF, NONE, ONE, check_pixels
+from mia_utils.models.encoders import HALF, NONE, ONE, Encoder, check_pixels
 
 VOID = 255
 MULTIPLE = 32  # the networks halve an image five times: others are padded at the right and bottom, outputs cut back
@@ -95,12 +96,7 @@ class Segmenter:
             raise ValueError(f"{self.name}: expected posteriors that sum to one, got {got}")
         return out.clamp_min(0) / out.clamp_min(0).sum(1, keepdim=True)
 
-    def to(self, device: str | torch.device) -> Segmenter:
-        """Move the module to a device; returns self."""
-        if self.module is not None:
-            self.module.to(device)
-            self.device = torch.device(device)
-        return self
+    to = Encoder.to
 
     def __repr__(self) -> str:
         trained = f", {self.size[0]} x {self.size[1]} px" if self.size else ""
@@ -249,7 +245,7 @@ def measure_iou(segmenter: Segmenter, images: np.ndarray, masks: np.ndarray, *, 
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            predicted = segmenter.posteriors(views.read_floats(images, rows)).argmax(1).cpu()
+            predicted = segmenter.posteriors(to_float(images[rows])).argmax(1).cpu()
             truth = torch.from_numpy(np.asarray(masks[rows])).long()
             jaccard.update(predicted, truth)
             accuracy.update(predicted, truth)

@@ -203,11 +203,6 @@ def read_pixels(images: Any, rows: slice | np.ndarray | list[int]) -> Tensor:
     return torch.from_numpy(np.asarray(images[rows])).permute(0, 3, 1, 2)
 
 
-def read_floats(images: Any, rows: slice | np.ndarray | list[int]) -> Tensor:
-    """The same in [0, 1]."""
-    return read_pixels(images, rows).contiguous().float().div_(255)
-
-
 def make_views(
     images: Tensor, image_ids: Sequence[str], *, view: str = "resize", size: int, seed: int, stream: str = "query"
 ) -> Tensor:

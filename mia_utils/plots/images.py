@@ -1,4 +1,4 @@
-"""One drawing for everything that is not a plot: images, heat maps, vectors and texts in a grid."""
+"""One drawing for everything that is not a plot: images and heat maps in a grid."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def image_grid(
     """Draw a grid of images and maps; beside it stand shape, minimum and maximum of each.
 
     Args:
-        cells: (R, C) of images (H, W, 3) uint8 or float in [0, 1], heat maps (H, W), vectors (n,) drawn as bars, texts,
-            lists of images (drawn as a sheet), or None.
+        cells: (R, C) of images (H, W, 3) uint8 or float in [0, 1], heat maps (H, W), or None.
         columns, rows: names above and beside the grid.
         members: (R, C) of True (member's color), False (non-member's) or None around a cell.
         boxes: (R, C) of (x0, y0, x1, y1) in pixels of the image, or None.
@@ -53,12 +52,12 @@ def image_grid(
     captions = [[wrap(c, side * 16) for c in row] for row in captions or [[""] * n_cols] * n_rows]
     below = sum(0.14 * max(c.count("\n") + bool(c) for c in row) for row in captions)
     width = max(3.6, min(FULL, n_cols * side * spread + beside))
-    shapes = [c.shape for row in cells for c in row if _kind(c) in ("image", "heat")]
-    high = max((h / w for h, w, *_ in shapes), default=1.0) if len(shapes) == sum(map(len, cells)) else 1.0
+    cells = [[None if content is None else np.asarray(content) for content in row] for row in cells]
+    drawn = [content for row in cells for content in row if content is not None]
+    high = max(c.shape[0] / c.shape[1] for c in drawn) if len(drawn) == sum(map(len, cells)) else 1.0
     fig, axes = make_figure(n_rows, n_cols, width=width, height=n_rows * (side * high + 0.05) + below + 0.5)
-    heats = [np.asarray(c, float) for row in cells for c in row if _kind(c) == "heat"]
-    if norm is None and heats:
-        norm = mpl.colors.Normalize(min(h.min() for h in heats), max(h.max() for h in heats))
+    if norm is None and (maps := [content for content in drawn if content.ndim == 2]):
+        norm = mpl.colors.Normalize(min(m.min() for m in maps), max(m.max() for m in maps))
     records = []
     for (r, c), ax in np.ndenumerate(axes):
         content = cells[r][c] if c < len(cells[r]) else None
@@ -77,7 +76,7 @@ def image_grid(
             ax.set_title(wrap(columns[c], side * 17), fontsize=7, loc="center")
         if c == 0 and r < len(rows):
             ax.set_ylabel(wrap(rows[r], 14), fontsize=7, rotation=0, ha="right", va="center")
-        if isinstance(content, np.ndarray):
+        if content is not None:
             head = {"row": rows[r] if r < len(rows) else r, "column": columns[c] if c < len(columns) else c}
             ends = {"minimum": float(content.min()), "maximum": float(content.max())}
             records.append(head | {"shape": "x".join(map(str, content.shape)), **ends})
@@ -91,39 +90,12 @@ def image_grid(
     return finish(fig, pd.DataFrame(records), **named)
 
 
-def _kind(content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return "text"
-    if isinstance(content, list | tuple):
-        return "sheet"
-    return {1: "bars", 2: "heat"}.get(np.ndim(content), "image")
-
-
-def _draw(ax: Axes, content: Any, norm: Any) -> None:
-    kind = _kind(content)
+def _draw(ax: Axes, content: np.ndarray | None, norm: Any) -> None:
     ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(kind in ("bars", "text") and content is not None)
-    if kind == "text":
-        text = "\n".join(textwrap.wrap(content or "", 12))
-        ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", fontsize=9, fontweight="bold")
+    ax.spines[:].set_visible(False)
+    if content is None:
         ax.set_box_aspect(1)
-    elif kind == "bars":
-        ax.bar(np.arange(len(content)), np.asarray(content, float), width=1.0, color="#4D4D4D")
-        ax.set_box_aspect(1)
-    elif kind == "heat":
+    elif content.ndim == 2:
         ax.imshow(np.asarray(content, float), norm=norm, cmap="magma")
     else:
-        ax.imshow(_make_sheet(content) if kind == "sheet" else _to_bytes(content))
-
-
-def _to_bytes(image: Any) -> np.ndarray:
-    image = np.asarray(image)
-    return image if image.dtype == np.uint8 else np.uint8(255 * np.clip(image, 0, 1))
-
-
-def _make_sheet(images: Sequence[Any]) -> np.ndarray:
-    """Up to nine images beside and below each other, a white pixel between."""
-    images = [np.pad(_to_bytes(image), ((0, 1), (0, 1), (0, 0)), constant_values=255) for image in images[:9]]
-    n = int(np.ceil(np.sqrt(len(images))))
-    images += [np.full_like(images[0], 255)] * (n * n - len(images))
-    return np.concatenate([np.concatenate(images[i : i + n], axis=1) for i in range(0, n * n, n)])[:-1, :-1]
+        ax.imshow(content if content.dtype == np.uint8 else np.uint8(255 * np.clip(content, 0, 1)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import re
 import textwrap
 import zlib
 from collections.abc import Callable
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mia_utils import paths
+from mia_utils.protocol.intervals import format_interval, format_value  # noqa: F401 - with the words of the book
 
 FULL = 7.0  # inches: two columns of a paper
 TITLE_CHARS = 12.6  # bold 9 pt letters to the inch
@@ -123,19 +122,6 @@ def name_targets(table: pd.DataFrame) -> pd.Series:
         said = table[column].map(lambda v: WORDS.get(v, v) if isinstance(v, str) else f"{v:,.0f}") + unit
         names = names.where(~several, names + ", " + said)
     return names
-
-
-def format_value(value: float | None, digits: int = 2) -> str:
-    """Print a share without its leading zero: 0.807 -> ``.81``; an empty value gives an empty text."""
-    if value is None or not np.isfinite(value):
-        return ""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{round(float(value), digits) + 0.0:.{digits}f}")  # + 0: no -.00
-
-
-def format_interval(value: float, low: float, high: float) -> str:
-    """Print ``.81 [.76, .86]``, or the value alone where it has no interval."""
-    ends = f" [{format_value(low)}, {format_value(high)}]" if np.isfinite(low) else ""
-    return format_value(value) + ends
 
 
 @mpl.rc_context(STYLE)

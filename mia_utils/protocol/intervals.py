@@ -9,6 +9,7 @@ Example:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,14 +81,17 @@ def say(verdict: Verdict) -> str:
     return f"{verdict}{colon} {verdict.because}" if verdict.because else str(verdict)
 
 
-def format_auc(value: float) -> str:
-    """Format with two digits and without the leading zero: ``.57``, ``1.00``."""
-    return f"{value:.2f}".removeprefix("0")
+def format_value(value: float | None, digits: int = 2) -> str:
+    """Print a share without its leading zero: 0.807 -> ``.81``; an empty value gives an empty text."""
+    if value is None or not np.isfinite(value):
+        return ""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{round(float(value), digits) + 0.0:.{digits}f}")  # + 0: no -.00
 
 
-def format_interval(auc: float, low: float, high: float) -> str:
-    """Format an AUC with its interval: ``.57 [.52, .62]``."""
-    return f"{format_auc(auc)} [{format_auc(low)}, {format_auc(high)}]"
+def format_interval(value: float, low: float, high: float) -> str:
+    """Print ``.81 [.76, .86]``, or the value alone where it has no interval."""
+    ends = f" [{format_value(low)}, {format_value(high)}]" if np.isfinite(low) else ""
+    return format_value(value) + ends
 
 
 def judge_controls(

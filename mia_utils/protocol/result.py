@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mia_utils import paths
 from mia_utils.protocol import metrics, resampling
 
 _ARRAYS = ("score", "is_member", "image_ids", "role", "fold", "groups", "threshold")  # saved fields of a Result
@@ -80,15 +78,3 @@ class Result:
         names = [key.split("/")[1] for key in arrays if key.startswith("control/") and key.endswith("/score")]
         result.controls = {name: read(f"control/{name}/") for name in names}
         return result
-
-    def save(self, path: str | Path) -> Path:
-        """Write one npz, whole or not at all."""
-        return paths.write_atomic(path, lambda file: np.savez_compressed(file, **self.pack()))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Result:
-        """Read what :meth:`save` wrote."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no saved scores {path}")
-        with np.load(path, allow_pickle=False) as file:
-            return cls.unpack(dict(file))

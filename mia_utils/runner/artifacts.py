@@ -22,8 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mia_utils import paths
 
 # Raised when the result of a stage changes, so that old artifacts are not taken for new ones.
@@ -126,7 +124,7 @@ def get_commit() -> str:
 def get_provenance() -> dict[str, Any]:
     """Return commit, versions and machine: recorded beside a result, never part of its identity."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "timm", "lightly", "scikit-learn", "numpy"):
+    for name in ("torch", "torchvision", "timm", "lightly", "scikit-learn", "numpy", "scipy", "mia-utils"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
@@ -139,7 +137,7 @@ def get_work_dir(spec: dict[str, Any]) -> Path:
     return paths.get_artifact_dirs()[0] / ".unfinished" / name_of(spec)
 
 
-def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | None], *, wait: float = -1) -> Path:
+def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | None]) -> Path:
     """Return the artifact of a spec, verified; make it when there is none, or when it is damaged and quickly made.
 
     A killed or doubled run leaves nothing half-written: the folder is filled under another name and lock, and renamed.
@@ -147,13 +145,12 @@ def load_or_make(spec: dict[str, Any], make: Callable[[Path], dict[str, Any] | N
     Args:
         spec: ``kind``, an optional ``readable`` part of the name, and everything the result depends on.
         make: called with an empty folder to fill; what it returns is added to ``meta.json``.
-        wait: seconds to wait for another process that makes the same artifact; -1: as long as it takes.
     """
     if found := find(spec, whole=True):
         return found
     work, final = get_work_dir(spec), paths.get_artifact_dirs()[0] / name_of(spec)
     part = work / "result"
-    with hold(name_of(spec), wait=wait):
+    with hold(name_of(spec)):
         if found := find(spec, whole=True):
             return found
         shutil.rmtree(part, ignore_errors=True)
@@ -190,22 +187,9 @@ def _explain_writing(folder: Path) -> Iterator[None]:
         raise ValueError(f"can't write to {folder} ({reason}): free space or give the right to write") from None
 
 
-@contextlib.contextmanager
-def hold(name: str, *, wait: float = -1) -> Iterator[None]:
-    """Hold the lock of this name among all processes of a working folder, waiting ``wait`` seconds (-1: any time)."""
-    root = paths.get_artifact_dirs()[0]
-    with _explain_writing(root):
-        (root / ".unfinished").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / ".unfinished" / f"{name}.lock")
-        try:
-            lock.acquire(timeout=wait)
-        except Timeout:
-            raise ValueError(f"another process is making {name}: wait for it or stop it") from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it opens another
-        lock.release()
+def hold(name: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of this name among all processes of a working folder."""
+    return paths.hold(paths.get_artifact_dirs()[0] / ".unfinished" / f"{name}.lock")
 
 
 def fingerprint_data(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

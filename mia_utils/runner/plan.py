@@ -59,9 +59,9 @@ class Plan:
             if name.startswith("08"):  # gathers what all the others saved
                 needs |= self.notebooks.keys() - {name}
             seconds = self.get_notebook_seconds(name)
-            # as soon as its rows are there, before other rows, the longest first: small jobs fill the workers
+            # the longest first: the last ones fill the workers evenly
             entry = {"kind": "notebook", "source": str(source), "parameters": given, "needs": sorted(needs)}
-            found[name] = entry | {"priority": 800 if i == 0 else 501 + min(int(seconds), 290), "seconds": seconds}
+            found[name] = entry | {"priority": 800 if i == 0 else min(int(seconds), 400), "seconds": seconds}
         return found
 
     def get_notebook_seconds(self, name: str) -> float:

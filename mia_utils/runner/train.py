@@ -120,8 +120,8 @@ def fit_row(profile: Profile, row: Row, folder: Path | None, *, progress: bool) 
     def measure(epoch: int, model) -> dict[str, float]:
         if segments:
             return measure_segmenter(model, pool, members, nonmembers)
-        # a reference row trains on images that measure the utility of others
-        return measure_utility(model, pool, split) if epoch in (0, row.epochs) and row.role != "reference" else {}
+        # of what is attacked; a reference row trains on images that measure the utility of others
+        return measure_utility(model, pool, split) if epoch in (0, row.epochs) and row.role == "target" else {}
 
     sides = dict(labels=targets[members], heldout=pool.images[nonmembers], heldout_labels=targets[nonmembers])
     recipe = dict(arch=row.arch, epochs=row.epochs, augmentation=row.augmentation, **options, **row.options)
