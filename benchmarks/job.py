@@ -31,13 +31,13 @@ def count_gflop(row: profiles.Row, profile: profiles.Profile) -> float:
     return gflop * row.n_train * row.epochs
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Count, time one product, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common.add_arguments(parser)
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--seconds", type=float, required=True, help="of the whole job, wall clock")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     run, profile = common.describe_run(options), profiles.load(options.profile)
     use_fast_products()
     a, b = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(options.seed))

@@ -102,8 +102,8 @@ def test_an_unknown_exercise_is_named():
 
 
 def test_source_is_shown_with_its_place_and_without_its_docstring():
-    text = course.show_source(style.format_value).data
-    assert text.startswith("`mia_utils/plots/style.py`, line ") and "def format_value(" in text and '"""' not in text
+    text = course.show_source(style.label_of).data
+    assert text.startswith("`mia_utils/plots/style.py`, line ") and "def label_of(" in text and '"""' not in text
 
 
 def test_long_source_is_cut_at_25_lines():
