@@ -10,7 +10,6 @@ took (``benchmarks/times.py quick``). Attacks, controls, figures and everything 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 
 import common
@@ -18,17 +17,6 @@ import torch
 
 from mia_utils.models.speed import use_fast_products
 from mia_utils.runner import estimates, profiles
-
-
-def count_gflop(row: profiles.Row, profile: profiles.Profile) -> float:
-    """1e9 operations of a row's training."""
-    counted = {key: value for key, value in row.options.items() if key in estimates.COUNTED}
-    gflop, _ = estimates.count_step(row.method, row.arch, row.augmentation.partition(":")[0], **counted)
-    if row.method in profiles.SEGMENTERS:
-        size = profile.datasets[row.dataset].get("size", 32)
-        pixels = size**2 if isinstance(size, int) else math.prod(size)
-        gflop *= pixels / math.prod(estimates.COUNTED_SIZE)
-    return gflop * row.n_train * row.epochs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     a, b = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(options.seed))
     taken = common.time_ways({"product": lambda: a @ b}, options.repeats, run["clock"])["product"]
     rate = 2 * 1024**3 / 1e9 / sorted(taken)[len(taken) // 2]
-    gflop = sum(count_gflop(row, profile) for row in profile.models)
+    gflop = sum(estimates.count_row(row, profile)[0] * row.n_train * row.epochs for row in profile.models)
     needed = gflop / rate / profile.workers
     made = {"products of all trainings": needed, "the whole job": options.seconds}
     facts = {"gflop": round(gflop), "gflop_per_second": round(rate, 1)}

@@ -197,3 +197,19 @@ def test_a_list_for_mim_is_a_log_ratio_and_a_single_reference_keeps_its_meaning(
     np.testing.assert_allclose(calibrate(mim.compute_log_likeness(d), -np.log([[0.4, 0.1]])), [math.log(2), 0])
     takes = attacks.table().set_index("attack").references
     assert takes[["mim", "encodermi-t", "seg-global-loss"]].all() and not takes[["partcrop", "lpla"]].any()
+
+
+@pytest.mark.parametrize("kind", ["log-ratio", "midpoint", "lira", "rmia", "bayes"])
+def test_a_model_that_was_not_queried_about_an_image_counts_nothing(toy, kind):
+    s, refs, inside = toy
+    options = {"kind": kind, "variance": "global"}
+    more = np.ma.masked_all((R + 1, N))  # one more model, queried about no image but the first two
+    more[:R], more[R, :2] = refs, 3.0
+    known = np.vstack([inside, np.ones(N, bool)])
+    if kind in ("log-ratio", "midpoint"):  # an image alone
+        np.testing.assert_allclose(calibrate(s, more, known, **options)[2:], calibrate(s, refs, inside, **options)[2:])
+    more[R, :2] = np.ma.masked
+    np.testing.assert_allclose(calibrate(s, more, known, **options), calibrate(s, refs, inside, **options))
+    more[:, 0] = np.ma.masked
+    with pytest.raises(ValueError, match="for every image a reference without it"):
+        calibrate(s, more, known, **options)

@@ -33,7 +33,7 @@ def calibrate(
 
     Args:
         target: (N,) s of the target.
-        references: (R, N) s of the reference models.
+        references: (R, N) s of the reference models; a masked array where some were not queried about every image.
         in_mask: (R, N) bool, True where a reference was trained on an image; None: no reference was on any (offline).
         kind: ``"log-ratio"``: s - mean_k s_k over the references that never saw the image; ``"midpoint"``: s minus the
             middle of both means (online); ``"lira"``: Gaussian test, offline or (with ``in_mask``) online;
@@ -48,7 +48,7 @@ def calibrate(
         (N,) float64, higher = more likely a member. Of ``"log-ratio"``, ``"midpoint"`` and ``"lira"`` with per-image
         variance a value does not depend on the other images.
     """
-    s, refs, inside = _check(target, references, in_mask)
+    s, refs, outside, inside = _check(target, references, in_mask)
     if kind not in KINDS or variance not in VARIANCES:
         expected = f"kind {', '.join(KINDS)} and variance {', '.join(VARIANCES)}"
         raise ValueError(f"expected {expected}, got {kind!r} and {variance!r}")
@@ -56,13 +56,13 @@ def calibrate(
     if kind == "midpoint" and not online:
         raise ValueError("kind 'midpoint' needs references trained on the images: pass in_mask, or use 'log-ratio'")
     if kind == "log-ratio":
-        return s - _average(refs, ~inside)
+        return s - _average(refs, outside)
     if kind == "midpoint":
-        return s - (_average(refs, inside) + _average(refs, ~inside)) / 2
+        return s - (_average(refs, inside) + _average(refs, outside)) / 2
     if kind == "rmia":
-        return _score_pairs(s - _average_exponentials(refs, inside, online=online), gamma)
+        return _score_pairs(s - _average_exponentials(refs, (outside, inside)[: 1 + online]), gamma)
     fit, option = (_fit_student, prior_strength) if kind == "bayes" else (_fit_normal, variance)
-    out = fit(refs, ~inside, option)
+    out = fit(refs, outside, option)
     if not online:  # LiRA, Eq. (4): 1 - Pr[N(mu_out, sd_out) > s], here as its logit: it does not saturate
         return out.logcdf(s) - out.logsf(s)
     return fit(refs, inside, option).logpdf(s) - out.logpdf(s)  # LiRA, Algorithm 1: log of the likelihood ratio
@@ -73,13 +73,12 @@ def _average(x: np.ndarray, where: np.ndarray) -> np.ndarray:
     return x.sum(axis=0, where=where) / where.sum(axis=0)
 
 
-def _average_exponentials(x: np.ndarray, inside: np.ndarray, *, online: bool) -> np.ndarray:
+def _average_exponentials(x: np.ndarray, sides: tuple[np.ndarray, ...]) -> np.ndarray:
     """RMIA (arXiv 2312.03262): log Pr(x) = log mean_k exp s_k.
 
     Online, references with and without the image weigh half each, as the target does a priori; offline only those
     without it are there (the paper's correction a p + 1 - a needs probabilities; a = 1 here).
     """
-    sides = (~inside, inside) if online else (~inside,)
     parts = [special.logsumexp(x, axis=0, b=side) - np.log(side.sum(axis=0)) for side in sides]
     return special.logsumexp(parts, axis=0) - np.log(len(parts))
 
@@ -118,7 +117,8 @@ def _fit_student(x: np.ndarray, where: np.ndarray, strength: float):
 
 
 def _check(target: np.ndarray, references: np.ndarray, in_mask: np.ndarray | None) -> tuple[np.ndarray, ...]:
-    s, refs = np.asarray(target, np.float64), np.asarray(references, np.float64)
+    s, refs = np.asarray(target, np.float64), np.ma.filled(np.ma.asarray(references, np.float64), 0.0)
+    queried = ~np.ma.getmaskarray(references)
     if s.ndim != 1 or refs.ndim != 2 or refs.shape[1] != len(s) or not len(refs):
         raise ValueError(f"expected target (N,) and references (R, N) with R >= 1, got {s.shape} and {refs.shape}")
     if not (np.isfinite(s).all() and np.isfinite(refs).all()):
@@ -126,6 +126,7 @@ def _check(target: np.ndarray, references: np.ndarray, in_mask: np.ndarray | Non
     inside = np.zeros(refs.shape, bool) if in_mask is None else np.asarray(in_mask, bool)
     if inside.shape != refs.shape:
         raise ValueError(f"expected in_mask {refs.shape}, got {inside.shape}")
-    if inside.all(axis=0).any() or (in_mask is not None and not inside.any(axis=0).all()):
+    outside, inside = queried & ~inside, queried & inside
+    if not outside.any(axis=0).all() or (in_mask is not None and not inside.any(axis=0).all()):
         raise ValueError("expected for every image a reference without it (and, with in_mask, one trained on it)")
-    return s, refs, inside
+    return s, refs, outside, inside

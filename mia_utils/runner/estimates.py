@@ -78,16 +78,22 @@ def estimate_bytes(row: Row) -> float:
 
 def estimate_gpu_seconds(row: Row, profile: Profile) -> float:
     """Estimate the seconds of one GPU that a row's training takes: arithmetic at the assumed rate, and its steps."""
-    counted = {key: value for key, value in row.options.items() if key in COUNTED}
-    kind = row.augmentation.partition(":")[0]  # how large the crops are costs nothing
-    gflop, default = count_step(row.method, row.arch, kind, **counted)
-    if row.method in SEGMENTERS:
-        gflop *= math.prod(_get_size(profile, row.dataset)) / math.prod(COUNTED_SIZE)
+    gflop, default = count_row(row, profile)
     batch = min(row.options.get("batch_size", default), row.n_train)
     steps = row.epochs * max(row.n_train // batch, 1)
     mixed = row.options.get("precision", PRECISIONS[0]) != PRECISIONS[0]
     rate = profile.gpu_tflops * 1e12 * (1 if mixed else FLOAT32_SHARE)
     return _get_factor(row) * steps * (STEP_SECONDS + batch * gflop * 1e9 / rate)
+
+
+def count_row(row: Row, profile: Profile) -> tuple[float, int]:
+    """1e9 operations of a training step of a row, an image, and its method's own batch size."""
+    counted = {key: value for key, value in row.options.items() if key in COUNTED}
+    kind = row.augmentation.partition(":")[0]  # how large the crops are costs nothing
+    gflop, batch = count_step(row.method, row.arch, kind, **counted)
+    if row.method in SEGMENTERS:
+        gflop *= math.prod(_get_size(profile, row.dataset)) / math.prod(COUNTED_SIZE)
+    return gflop, batch
 
 
 @functools.cache
