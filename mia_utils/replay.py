@@ -100,6 +100,8 @@ def show_value(shell: InteractiveShell, value: Any) -> str:
 
 def to_markdown(data: dict[str, Any]) -> str:
     """Return one output of a cell as Markdown: its own, or its text."""
+    if "application/vnd.jupyter.widget-view+json" in data:  # a progress bar; its text is where it stood
+        return ""
     if "text/markdown" in data:
         return "".join(data["text/markdown"])
     text = "".join(data.get("text/plain", ""))

@@ -33,6 +33,10 @@ def book(home, monkeypatch):
     cells[2]["outputs"] = [
         {"output_type": "stream", "name": "stdout", "text": ["queried 64 images\n"]},
         {"output_type": "stream", "name": "stderr", "text": ["a bar\n"]},
+        {
+            "output_type": "display_data",
+            "data": {"text/plain": ["a bar: 40%"], "application/vnd.jupyter.widget-view+json": {"model_id": "1"}},
+        },
     ]
     executed.write_text(json.dumps({"cells": cells}))
     replay.keep_outputs("photos", executed)
