@@ -152,9 +152,9 @@ def write(profile: str) -> Path:
 _PARTIAL = "knowledge == 'partial' and attack =="
 FINDINGS = (  # question; query of the attack's rows; what has to be said beside it, and where it stands
     ("What leaks most?", f"target == 'mae-target' and {_PARTIAL} 'mim'",
-     "the same method with strong crops", f"target == 'mae-crop-target' and {_PARTIAL} 'mim'"),
+     "with strong crops", f"target == 'mae-crop-target' and {_PARTIAL} 'mim'"),
     ("Does an encoder leak that is worth using?", f"target == 'simclr-target' and {_PARTIAL} 'encodermi-t'",
-     "the same attack on DINO", f"target == 'dino-target' and {_PARTIAL} 'encodermi-t'"),
+     "on DINO", f"target == 'dino-target' and {_PARTIAL} 'encodermi-t'"),
 )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def say_findings(results: pd.DataFrame) -> str:
         rate = f"TPR at 1 % FPR {format_value(a['tpr_at_1'])}"
         lines.append(
             f"- **{question}** {name} ({how}): AUC {auc}; {rate}. *Controls*: {controls}. "
-            f"*Beside it*: {worth}; {other}: AUC {auc_b}. *Not said*: how much larger encoders leak."
+            f"*Beside it*: {worth}; {other}: AUC {auc_b}."
         )
     probed = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "") & (rows["method"] == "mae")]
     if len(probed):
@@ -194,7 +194,24 @@ def say_findings(results: pd.DataFrame) -> str:
         lines.append(
             f"- **Does PartCrop read parts?** {both} (MAE, {room['checkpoint'].iloc[0]:,.0f} epochs, trainings: "
             f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. *Beside it*: token "
-            f"spread, *one* query, {ends['spread']}.{finer} *Not said*: what larger encoders do."
+            f"spread, *one* query, {ends['spread']}.{finer}"
+        )
+    ended = (rows["control"] == "") & (rows["checkpoint"] == rows["epochs"])
+    pairs = rows[rows["study"].isin(["grid", "calibration"]) & ended & (rows["dataset"] == "cifar10")]
+    ends = (pairs["epochs"] == pairs["epochs"].min()) & pairs["n_train"].isin(pairs["n_train"].agg(["min", "max"]))
+    pairs, said = pairs[ends | (pairs["augmentation"] == "crop")].sort_values("n_train"), []
+    for (n, kind, epochs), pair in pairs.groupby(["n_train", "augmentation", "epochs"], sort=False):
+        found = pair.assign(aided=pair["reference"].notna()).drop_duplicates("aided").set_index("aided")
+        if len(found) == 2:
+            aided, plain = (
+                format_interval(*found.loc[side, ["auc", "auc_low", "auc_high"]]) for side in (True, False)
+            )
+            crops = " in strong crops" if kind == "crop" else ""
+            said.append(f"{n:,.0f} images{crops} x {epochs:,.0f} epochs {aided} and {plain}")
+    if said:
+        lines.append(
+            "- **What does a reference model find?** MIM attack on MAE, with one and without: "
+            f"{'; '.join(said)}."
         )
     blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
     if {"released-view", "controlled"} <= set(blind.index):

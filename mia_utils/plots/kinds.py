@@ -109,10 +109,10 @@ def sweep(
     data["x"] = data["x"].astype(float)
     fig, panels = make_panels(data, height=2.3, sharey=chance is not None)
     for ax, part in panels:
+        if ylim or chance == 0.5:  # first: names at the ends of lines keep clear of each other on this scale
+            ax.set_ylim(ylim or _limits(data))
         _draw_sweep(ax, part, log=log, chance=chance)
         name_axes(ax, xlabel or str(x), ylabel)
-        if ylim or chance == 0.5:
-            ax.set_ylim(ylim or _limits(data))
     draw_legend(fig, data, marks="line", chance=None if chance is None else "chance")
     return finish(fig, data, rows=table, **named)
 
@@ -138,13 +138,14 @@ def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None
         ax.plot(mean["x"], mean["value"], linestyle="none", color=color, **style)
         if len(lines) > 1 and not control and len(mean):
             named.append((*mean[["x", "value"]].iloc[-1], label_of(line)))
-    named.sort(key=lambda end: end[1])
-    reach = np.ptp(part["value"]) or 1.0
-    for i, (x, y, name) in enumerate(named):  # neighbors keep clear of each other
-        below, above = (
-            0 <= j < len(named) and named[j][0] == x and abs(named[j][1] - y) < 0.08 * reach for j in (i - 1, i + 1)
-        )
-        at = dict(xytext=(5, 4.5 * (int(below) - int(above))), textcoords="offset points", va="center")
+    named.sort()
+    ends = _to_points(ax, [end[0] for end in named], [end[1] for end in named])[:, 1]
+    shifts = np.zeros(len(named))
+    for i in range(1, len(named)):  # neighbors keep clear of each other
+        if named[i][0] == named[i - 1][0]:
+            shifts[i] = max(ends[i - 1] + shifts[i - 1] + 8 - ends[i], 0)
+    for (x, y, name), shift in zip(named, shifts - (shifts.mean() if named else 0), strict=True):
+        at = dict(xytext=(5, shift), textcoords="offset points", va="center")
         ax.annotate(name, (x, y), annotation_clip=False, fontsize=6.5, color=INK, **at)
     ticks = sorted(set(part["x"].dropna()))
     if len(ticks) <= 9:
@@ -283,6 +284,7 @@ def plane(
             ax.plot(row.x, row.value, "o", color=ink, alpha=1 if strong else 0.35, markersize=5 if strong else 3.5)
         name_axes(ax, xlabel or str(x), ylabel)
         ax.set_xscale("log" if log else "linear")
+        ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         ax.grid(True)
     for ax, part in panels:  # now that all have their limits
         _name_points(ax, part[part["seed"].isna()])
