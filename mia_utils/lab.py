@@ -230,7 +230,7 @@ def _find_nearest(row: Row, found: list[Row], *without: str | None) -> str:
 
     def differs(r: Row) -> tuple:
         options = calls.get_options(r, *without) != calls.get_options(row, *without)
-        other = r.study not in ("main", row.study)
+        other = r.study not in ("main", "undefended", row.study)
         return r.arch != row.arch, options, r.augmentation != "none", r.epochs != row.epochs, other
 
     return min(found, key=differs).id

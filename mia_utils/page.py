@@ -157,6 +157,8 @@ FINDINGS = (  # question; query of the attack's rows; what has to be said beside
      "on DINO", f"target == 'dino-target' and {_PARTIAL} 'encodermi-t'"),
 )  # fmt: skip
 
+AIDED = ("mae-n128-t250-target", "mae-n8192-t250-target", "mae-crop-target")  # with and without a reference model
+
 
 def say_findings(results: pd.DataFrame) -> str:
     """Say the README's findings: attack, controls, and what they do not say; all numbers from the table."""
@@ -196,23 +198,20 @@ def say_findings(results: pd.DataFrame) -> str:
             f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. *Beside it*: token "
             f"spread, *one* query, {ends['spread']}.{finer}"
         )
-    ended = (rows["control"] == "") & (rows["checkpoint"] == rows["epochs"])
-    pairs = rows[rows["study"].isin(["grid", "calibration"]) & ended & (rows["dataset"] == "cifar10")]
-    ends = (pairs["epochs"] == pairs["epochs"].min()) & pairs["n_train"].isin(pairs["n_train"].agg(["min", "max"]))
-    pairs, said = pairs[ends | (pairs["augmentation"] == "crop")].sort_values("n_train"), []
-    for (n, kind, epochs), pair in pairs.groupby(["n_train", "augmentation", "epochs"], sort=False):
-        found = pair.assign(aided=pair["reference"].notna()).drop_duplicates("aided").set_index("aided")
-        if len(found) == 2:
-            aided, plain = (
-                format_interval(*found.loc[side, ["auc", "auc_low", "auc_high"]]) for side in (True, False)
-            )
-            crops = " in strong crops" if kind == "crop" else ""
-            said.append(f"{n:,.0f} images{crops} x {epochs:,.0f} epochs {aided} and {plain}")
+    said, ended = [], rows[rows["study"].isin(["grid", "calibration"]) & (rows["checkpoint"] == rows["epochs"])]
+    for target in AIDED:
+        part = ended[ended["target"] == target]
+        own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="first")
+        if len(own) == 2:
+            ends = own[["auc", "auc_low", "auc_high"]].to_numpy()
+            plain, aided = (format_interval(*values) for values in ends)
+            how = f"{own['n_train'].iloc[0]:,.0f} images, {own['epochs'].iloc[0]:,.0f} epochs"
+            how += ", strong crops" if (own["augmentation"] == "crop").any() else ""
+            blind = format_value(part.loc[part["control"] == "no-model", "auc"].max())
+            said.append(f"{aided} and {plain} ({how}; no model {blind})")
     if said:
-        lines.append(
-            "- **What does a reference model find?** MIM attack on MAE, with one and without: "
-            f"{'; '.join(said)}."
-        )
+        asked = "- **What does a reference model find?** MIM attack on MAE, AUC with one and without: "
+        lines.append(f"{asked}{', '.join(said)}.")
     blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
     if {"released-view", "controlled"} <= set(blind.index):
         flawed, clean = (format_value(blind[protocol]) for protocol in ("released-view", "controlled"))

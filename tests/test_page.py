@@ -138,13 +138,14 @@ def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
 
 def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
     row = make_table().query("attack == 'mim' and control == ''").iloc[0]
-    base = dict(row, study="grid", target="mae-n512-t250-target", n_train=512, epochs=250, checkpoint=250, seed=None)
+    base = dict(row, study="grid", target="mae-n8192-t250-target", n_train=8192, epochs=250, checkpoint=250, seed=None)
     base |= dict(augmentation="none", dataset="cifar10", reference=None)
     plain = base | dict(auc=0.6, auc_low=0.55, auc_high=0.65)
     aided = base | dict(auc=0.8, auc_low=0.75, auc_high=0.85, reference="mae-reference")
     assert page.say_findings(pd.DataFrame([plain])) == ""
-    said = page.say_findings(pd.DataFrame([plain, aided, plain | dict(checkpoint=100, auc=0.1)]))
-    assert "512 images x 250 epochs .80 [.75, .85] and .60 [.55, .65]." in said
+    blind = plain | dict(control="no-model", auc=0.51)
+    said = page.say_findings(pd.DataFrame([plain, aided, blind, plain | dict(checkpoint=100, auc=0.1)]))
+    assert ".80 [.75, .85] and .60 [.55, .65] (8,192 images, 250 epochs; no model .51)." in said
 
 
 def test_tables_of_docs_have_few_digits_and_no_stray_bars():
