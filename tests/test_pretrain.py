@@ -59,6 +59,12 @@ def test_dino_moves_its_teacher_and_keeps_it(pictures):
     start, end = run.encoder_at(0).module, run.encoder.module
     assert not torch.equal(start.blocks[0].mlp.fc1.weight, end.blocks[0].mlp.fc1.weight)
     assert np.isfinite(run.history.loss_members).all()
+    still = pretrain.fit("dino", pictures[0][:16], epochs=2, momentum=1.0, **TINY)
+    student = pretrain.fit("dino", pictures[0][:16], epochs=2, momentum=1.0, keep="student", **TINY)
+    assert still.history.loss_members.equals(student.history.loss_members)  # one training, two networks
+    weights = [r.encoder.module.blocks[0].mlp.fc1.weight for r in (still, student)]
+    start = start.blocks[0].mlp.fc1.weight
+    assert torch.equal(start, weights[0]) and not torch.equal(start, weights[1])
 
 
 @pytest.mark.parametrize(

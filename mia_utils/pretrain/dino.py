@@ -24,26 +24,29 @@ DEFAULTS = dict(lr=1e-3, weight_decay=0.05, batch_size=64, augmentation="dino", 
 
 
 class DINO(Method):
-    """DINO over a timm ViT, which becomes the teacher, the encoder that is kept; the class token is trained.
+    """DINO over a timm ViT, the encoder that is kept; the class token is trained.
 
     Args:
         output_dim: number of prototypes (paper: 65,536).
         n_local: local crops of half the side (the released PartCrop recipe: none).
         momentum: start of the teacher momentum that grows to 1 by a cosine (paper: 0.996).
         hidden_dim, bottleneck_dim: of the head (paper: 2048, 256).
+        keep: which of the two networks (DINO's users take the teacher, PartCrop's released code attacks the student).
     """
 
     def __init__(
         self, backbone: nn.Module, *, input_size: int, output_dim: int = 1024, n_local: int = 2,
         momentum: float = 0.996, teacher_temperature: float = 0.04, student_temperature: float = 0.1,
-        hidden_dim: int = 256, bottleneck_dim: int = 64,
+        hidden_dim: int = 256, bottleneck_dim: int = 64, keep: str = "teacher",
     ):  # fmt: skip
         super().__init__()
         if not getattr(backbone, "num_prefix_tokens", 0):
             raise ValueError(f"dino needs a ViT with a class token, got {type(backbone).__name__}")
         self.n_local, self.momentum = n_local, momentum
-        self.student = copy.deepcopy(backbone)
-        self.backbone = backbone.requires_grad_(False)  # the teacher
+        self.other, self.backbone = copy.deepcopy(backbone), backbone
+        pair = (self.other, backbone) if keep == "teacher" else (backbone, self.other)
+        self.networks = dict(zip(("student", "teacher"), pair, strict=True))  # a dict: nothing is registered twice
+        self.networks["teacher"].requires_grad_(False)
         sizes = dict(hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, output_dim=output_dim)
         self.student_head = DINOProjectionHead(backbone.embed_dim, **sizes)
         self.teacher_head = DINOProjectionHead(backbone.embed_dim, **sizes)  # weight norm can't be deep-copied
@@ -58,11 +61,11 @@ class DINO(Method):
         large = torch.cat([inputs.augment(images, size=size, rng=rng, **settings, solarize=0.2 * i) for i in range(2)])
         large = (large - 0.5) / 0.5
         with torch.no_grad():
-            teacher = self.teacher_head(self.backbone.forward_features(large)[:, 0]).float().chunk(2)
-        vectors = [self.student.forward_features(large)[:, 0]]
+            teacher = self.teacher_head(self.networks["teacher"].forward_features(large)[:, 0]).float().chunk(2)
+        vectors = [self.networks["student"].forward_features(large)[:, 0]]
         if self.n_local:
             small = [inputs.augment(images, size=size // 2, rng=rng, **local) for _ in range(self.n_local)]
-            vectors.append(self.student.forward_features((torch.cat(small) - 0.5) / 0.5)[:, 0])
+            vectors.append(self.networks["student"].forward_features((torch.cat(small) - 0.5) / 0.5)[:, 0])
         student = self.student_head(torch.cat(vectors)).float().chunk(2 + self.n_local)
         center = self.criterion.center.clone()
         with torch.autocast(center.device.type, enabled=False):  # it sums products over batch and prototypes
@@ -74,5 +77,5 @@ class DINO(Method):
     def after_step(self, progress: float) -> None:
         """Move the teacher."""
         m = cosine_schedule(round(progress * 10_000), 10_001, self.momentum, 1.0)
-        update_momentum(self.student, self.backbone, m)
+        update_momentum(*self.networks.values(), m)
         update_momentum(self.student_head, self.teacher_head, m)

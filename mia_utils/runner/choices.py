@@ -72,7 +72,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "simmim": _MASKED,
     "dino": {key: value for key, value in _CONTRAST.items() if key != "temperature"}
     | {"n_local": Few, "teacher_temperature": Rate, "student_temperature": Rate}
-    | {"hidden_dim": Count, "bottleneck_dim": Count},
+    | {"hidden_dim": Count, "bottleneck_dim": Count, "keep": Literal["teacher", "student"]},
     "moco": _CONTRAST | {"hidden_dim": Count},
     "moco-v1": _CONTRAST | {"queue_size": Count, "bn_splits": Count},
     "moco-v2": _CONTRAST | {"queue_size": Count, "bn_splits": Count},
