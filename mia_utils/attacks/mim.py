@@ -194,8 +194,8 @@ def extract_gradient_norm(
 ) -> np.ndarray:  # fmt: skip
     """White box: log norm (N, 1) of the training loss's gradient by all weights, smaller = more likely a member.
 
-    Whoever holds the weights sees more than any query; what this attack misses, no query shows either. Source of
-    gradients as a membership signal: Nasr, Shokri, Houmansadr (arXiv 1812.00910). The masks are the MIM attack's.
+    For whoever holds the weights: a yardstick for the MIM attack's plain queries. Source of gradients as a
+    membership signal: Nasr, Shokri, Houmansadr (arXiv 1812.00910). The masks are the MIM attack's.
     """
     if not callable(getattr(model, "loss", None)):
         raise ValueError(f"expected a masked-image model with its training loss, got {type(model).__name__}")

@@ -3,7 +3,7 @@
 Sources: difficulty calibration (Watson et al., arXiv 2111.08440), LiRA (Carlini et al., arXiv 2112.03570), RMIA
 (Zarifzadeh et al., arXiv 2312.03262), BaVarIA (Brännvall, arXiv 2603.11799). All read one number s of an image, higher
 = more likely a member, on a scale where a difference is a log ratio: a log-likelihood, or -log of a loss. References
-are trained like the target, to the *target's epoch*: one trained longer spoils the calibration.
+are trained like the target, to the *target's epoch*; notebook 04 measures what another age costs.
 
 >>> calibrate(np.array([-1.0, -2.0]), np.array([[-2.0, -2.0], [-4.0, -2.0]])).tolist()
 [2.0, 0.0]

@@ -1,6 +1,6 @@
 """MAE: encode the visible patches, reconstruct the pixels of the hidden ones.
 
-Source: He et al. 2022 (arXiv 2111.06377); small-image recipe of METHODS section 5, modules from lightly.
+Source: He et al. 2022 (arXiv 2111.06377); small-image recipe ours, modules from lightly.
 """
 
 from __future__ import annotations

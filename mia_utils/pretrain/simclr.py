@@ -21,7 +21,7 @@ class SimCLR(Method):
     """SimCLR over any timm backbone; the mean over tokens is the trained vector.
 
     Args:
-        temperature: of the NT-Xent loss (paper: 0.5 on CIFAR; 0.2 leaks more at this size, METHODS section 5).
+        temperature: of the NT-Xent loss (paper: 0.5 on CIFAR).
         hidden_dim, output_dim: of the projection head (paper: 2048, 128).
     """
 

@@ -15,7 +15,7 @@ ANSWERS = {
     "01-2": (
         lambda answer: str(answer).strip().lower() == "b",
         "Which of the four changes what the model sees of an image from one epoch to the next?",
-        {"c": "fewer images are each seen as often, and are easier to memorize"},
+        {"c": "fewer images are each seen as often; 04 measures what their number does"},
     ),
     "01-3": (
         lambda answer, run: not isinstance(answer, (str, bool)) and int(answer) == run.settings["epochs"],
