@@ -287,12 +287,12 @@ def plane(
         ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         ax.grid(True)
     for ax, part in panels:  # now that all have their limits
-        _name_points(ax, part[part["seed"].isna()])
+        _name_points(ax, part[part["seed"].isna()], color)
     return finish(fig, data, rows=table, **named)
 
 
-def _name_points(ax: Axes, rows: pd.DataFrame) -> None:
-    """Write the names beside the marked dots, each at the first of eight places that is free and nearest its dot."""
+def _name_points(ax: Axes, rows: pd.DataFrame, color: Callable[[str], str]) -> None:
+    """Name the marked dots, in a dark shade of their color, at the first of eight places that is free and nearest."""
     rows = rows.sort_values("value", ascending=False, kind="stable")
     dots = _to_points(ax, rows["x"], rows["value"])
     taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in dots]
@@ -310,5 +310,6 @@ def _name_points(ax: Axes, rows: pd.DataFrame) -> None:
             places.append((hits + (x0 < left) + (x1 > right + 20) + strange / 2, len(places), dx, dy, (x0, y0, x1, y1)))
         _, _, dx, dy, box = min(places)
         taken.append(box)
-        at = dict(xytext=(dx, dy), textcoords="offset points", fontsize=6, color=INK, ha="right" if dx < 0 else "left")
+        ink = tuple(0.6 * part for part in mpl.colors.to_rgb(color(row.hue)))
+        at = dict(xytext=(dx, dy), textcoords="offset points", fontsize=6, color=ink, ha="right" if dx < 0 else "left")
         ax.annotate(str(row.label), (row.x, row.value), **at)
