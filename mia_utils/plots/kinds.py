@@ -292,7 +292,7 @@ def plane(
 
 
 def _name_points(ax: Axes, rows: pd.DataFrame, color: Callable[[str], str]) -> None:
-    """Name the marked dots, in a dark shade of their color, at the first of eight places that is free and nearest."""
+    """Name the marked dots, in a dark shade of their color, each at the first free of eight places."""
     rows = rows.sort_values("value", ascending=False, kind="stable")
     dots = _to_points(ax, rows["x"], rows["value"])
     taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in dots]
@@ -305,9 +305,7 @@ def _name_points(ax: Axes, rows: pd.DataFrame, color: Callable[[str], str]) -> N
             x0, x1 = (x + dx, x + dx + width) if dx > 0 else (x + dx - width, x + dx)
             y0, y1 = y + dy, y + dy + 6.5
             hits = sum(x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in taken if b != own)
-            gaps = [np.hypot(max(x0 - u, u - x1, 0), max(y0 - v, v - y1, 0)) for u, v in dots]  # to every dot
-            strange = min(gaps) < np.hypot(max(x0 - x, x - x1, 0), max(y0 - y, y - y1, 0)) - 0.1
-            places.append((hits + (x0 < left) + (x1 > right + 20) + strange / 2, len(places), dx, dy, (x0, y0, x1, y1)))
+            places.append((hits + (x0 < left) + (x1 > right + 20), len(places), dx, dy, (x0, y0, x1, y1)))
         _, _, dx, dy, box = min(places)
         taken.append(box)
         ink = tuple(0.6 * part for part in mpl.colors.to_rgb(color(row.hue)))
