@@ -65,8 +65,10 @@ def is_same(a: Path, b: Path) -> bool:
         with np.load(a, allow_pickle=False) as one, np.load(b, allow_pickle=False) as other:
             keys = [key for key in one.files if one[key].dtype.kind in "fb"]
             return one.files == other.files and all(np.array_equal(one[k], other[k], equal_nan=True) for k in keys)
+    if a.read_bytes() == b.read_bytes():  # a table without rows has no columns to read
+        return True
     one, other = (pd.read_csv(path, dtype=str).drop(columns=TIMES, errors="ignore") for path in (a, b))
-    return a.read_bytes() == b.read_bytes() or one.equals(other)
+    return one.equals(other)
 
 
 def main() -> int:
