@@ -154,7 +154,7 @@ FINDINGS = (  # question; query of the attack's rows; what has to be said beside
     ("What leaks most?", f"target == 'mae-target' and {_PARTIAL} 'mim'",
      "with strong crops", f"target == 'mae-crop-target' and {_PARTIAL} 'mim'"),
     ("Does an encoder leak that is worth using?", f"target == 'simclr-target' and {_PARTIAL} 'encodermi-t'",
-     "on DINO", f"target == 'dino-target' and {_PARTIAL} 'encodermi-t'"),
+     "on 512 images", f"target == 'simclr-n512-target' and {_PARTIAL} 'encodermi-t'"),
 )  # fmt: skip
 
 AIDED = ("mae-n128-t250-target", "mae-n8192-t250-target", "mae-crop-target")  # with and without a reference model
@@ -163,9 +163,10 @@ AIDED = ("mae-n128-t250-target", "mae-n8192-t250-target", "mae-crop-target")  # 
 def say_findings(results: pd.DataFrame) -> str:
     """Say the README's findings: attack, controls, and what they do not say; all numbers from the table."""
     rows, lines = results[results["seed"].isna()], []
-    main = rows[(rows["study"] == "main") & (rows["defense"] == "none")]
+    held = rows[rows["study"].isin(["main", "contrast"]) & (rows["defense"] == "none")]
+    main = held[held["study"] == "main"]
     for question, query, other, query_other in FINDINGS:
-        part, beside = main.query(query), main.query(f"{query_other} and control == ''")
+        part, beside = main.query(query), held.query(f"{query_other} and control == ''")
         if part.empty or beside.empty:
             continue
         a, b, n = part[part["control"] == ""].iloc[0], beside.iloc[0], int(part["n_seeds"].iloc[0])
@@ -181,18 +182,20 @@ def say_findings(results: pd.DataFrame) -> str:
             f"- **{question}** {name} ({how}): AUC {auc}; {rate}. *Controls*: {controls}. "
             f"*Beside it*: {worth}; {other}: AUC {auc_b}."
         )
-    probed = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "") & (rows["method"] == "mae")]
-    if len(probed):
+    probed = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "")]
+    if (probed["method"] == "mae").any():
         probed = probed.assign(probe=probed["probes"].fillna("parts").where(probed["attack"] == "partcrop", "spread"))
         probed = probed[probed["attack"] != "token-spread-lr"]
-        room = probed[probed["study"] == "probes"].sort_values("checkpoint", kind="stable").drop_duplicates("probe")
+        of = {m: probed[(probed["study"] == "probes") & (probed["method"] == m)] for m in ("mae", "simclr")}
+        room = of["mae"].sort_values("checkpoint", kind="stable").drop_duplicates("probe")
         fine = probed[probed["arch"].str.contains("patch4")]
-        ends, few = (
+        ends, few, apart = (
             {r["probe"]: format_interval(r["auc"], r["auc_low"], r["auc_high"]) for _, r in part.iterrows()}
-            for part in (room, fine)
+            for part in (room, fine, of["simclr"])
         )
         both = say.versus(room, "probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
         finer = f" With 64 tokens: own parts {few['parts']}, random {few['random']}." if few else ""
+        finer += f" SimCLR: {apart['parts']}, {apart['random']}." if apart else ""
         lines.append(
             f"- **Does PartCrop read parts?** {both} (MAE, {room['checkpoint'].iloc[0]:,.0f} epochs, trainings: "
             f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. *Beside it*: token "
