@@ -25,7 +25,7 @@ PROTOCOLS = ("controlled", "released-view", "released-split", "released-selectio
 CONTROLS = ("no-model", "untrained", "permuted")
 BLIND_RUNGS = ("released-view", "released-split", "frame-thirds", "iid-frames", "controlled")
 RECIPE = 1  # raised when an extract gives other numbers, so that no cached feature is mistaken for a new one
-_ADDED_LATER = {"probes": "parts", "p": 2.0}  # came after the first scores were saved: no part of the identity then
+_ADDED_LATER = {"probes": "parts"}  # came after the first features were cached: no part of the identity at this value
 # fits one fold's attacker: (labels, fit, validation, report, seed) -> (scores (n,), where to set a threshold)
 FitFold = Callable[..., tuple[np.ndarray, np.ndarray]]
 
