@@ -50,6 +50,12 @@ class Lab:
             raise ValueError(f"models: unknown field {min(unknown)!r}: expected some of {', '.join(known)}")
         return [row for row in self.profile.models if all(getattr(row, k) == v for k, v in filters.items())]
 
+    def trainings(self, model_id: str) -> list[Row]:
+        """Return all trainings of a model's recipe: the rows of the same name whatever their seed."""
+        row = self.profile.row(model_id)
+        named = results.drop_seed(row.id, row.seed)
+        return [r for r in self.profile.models if results.drop_seed(r.id, r.seed) == named]
+
     def target(self, model_id: str, *, defense: str | None = None, strength: Any = None) -> list[Target]:
         """Name a model with a defense of its outputs; a list of strengths gives as many targets."""
         return [Target(model_id, defense, value) for value in _as_list(strength)]

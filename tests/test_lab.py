@@ -277,6 +277,13 @@ def test_the_undefended_model_differs_by_the_defense_alone():
         assert [getattr(one, k) for k in keys] == [getattr(two, k) for k in keys] and two.defense == "none"
 
 
+def test_all_trainings_of_a_recipe_and_no_other():
+    photos = labs.open("photos")
+    assert [row.seed for row in photos.trainings("mae-target-s0")] == [0, 1, 2, 3, 4]
+    # the student's row differs from it in an option alone
+    assert [row.id for row in photos.trainings("dino-weak-target-s1")] == [f"dino-weak-target-s{i}" for i in range(3)]
+
+
 def test_the_committed_results_of_photos_are_one_table():
     table = labs.open("photos").results
     facts = [c for c in table if c not in ("key", "split", "model_id", "place") and c not in _numbers()]
