@@ -123,7 +123,7 @@ def test_split_batch_norm_sees_each_part_of_a_batch_by_itself():
     for part in range(4):
         one = torch.nn.BatchNorm2d(5)
         one.load_state_dict(plain.state_dict())
-        torch.testing.assert_close(made[part::4], one(x[part::4]))
+        torch.testing.assert_close(made[2 * part : 2 * part + 2], one(x[2 * part : 2 * part + 2]))
         running.append(torch.stack([one.running_mean, one.running_var]))
     torch.testing.assert_close(torch.stack([split.running_mean, split.running_var]), torch.stack(running).mean(0))
     assert split.state_dict().keys() == plain.state_dict().keys()  # a plain network opens the weights
