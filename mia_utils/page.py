@@ -152,35 +152,42 @@ def write(profile: str) -> Path:
 _PARTIAL = "knowledge == 'partial' and attack =="
 FINDINGS = (  # question; query of the attack's rows; what has to be said beside it, and where it stands
     ("What leaks most?", f"target == 'mae-target' and {_PARTIAL} 'mim'",
-     "with strong crops", f"target == 'mae-crop-target' and {_PARTIAL} 'mim'"),
+     {"with strong crops": f"target == 'mae-crop-target' and {_PARTIAL} 'mim'"}),
     ("Does an encoder leak that is worth using?", f"target == 'simclr-target' and {_PARTIAL} 'encodermi-t'",
-     "on 512 images", f"target == 'simclr-n512-target' and {_PARTIAL} 'encodermi-t'"),
+     {"on 512 images": f"target == 'simclr-n512-target' and {_PARTIAL} 'encodermi-t'",
+      "MoCo v2 on 2,000": f"target == 'mocov2-own-target' and {_PARTIAL} 'encodermi-t' and checkpoint == epochs"}),
 )  # fmt: skip
 
 AIDED = ("mae-n128-t250-target", "mae-n8192-t250-target", "mae-crop-target")  # with and without a reference model
 
 
+def _say_auc(row: Any) -> str:
+    return f"AUC {format_interval(row['auc'], row['auc_low'], row['auc_high'])}, {row['verdict']}"
+
+
 def say_findings(results: pd.DataFrame) -> str:
     """Say the README's findings: attack, controls, and what they do not say; all numbers from the table."""
     rows, lines = results[results["seed"].isna()], []
-    held = rows[rows["study"].isin(["main", "contrast"]) & (rows["defense"] == "none")]
+    held = rows[rows["study"].isin(["main", "contrast", "own"]) & (rows["defense"] == "none")]
     main = held[held["study"] == "main"]
-    for question, query, other, query_other in FINDINGS:
-        part, beside = main.query(query), held.query(f"{query_other} and control == ''")
-        if part.empty or beside.empty:
+    for question, query, others in FINDINGS:
+        part = main.query(query)
+        beside = {name: held.query(f"{other} and control == ''") for name, other in others.items()}
+        beside = {name: found.iloc[0] for name, found in beside.items() if len(found)}
+        if part.empty or not beside:
             continue
-        a, b, n = part[part["control"] == ""].iloc[0], beside.iloc[0], int(part["n_seeds"].iloc[0])
+        a, n = part[part["control"] == ""].iloc[0], int(part["n_seeds"].iloc[0])
         name = f"{label_of(a['attack'])} on {label_of(a['method'])}"
         how = f"{a['n_train']:,.0f} images, {a['epochs']:,.0f} epochs, {n} training{'s' * (n > 1)}"
-        auc, auc_b = (f"{format_interval(r['auc'], r['auc_low'], r['auc_high'])}, {r['verdict']}" for r in (a, b))
         blind = part[part["control"] != ""].drop_duplicates("control")
         blind = blind[(blind["control"] != "permuted") | ~blind["attack"].isin(course.UNTRAINED)]
         controls = ", ".join(f"{label_of(c['control'])} {format_value(c['auc'])}" for _, c in blind.iterrows())
         worth = f"utility {format_value(a['utility'])}, untrained {format_value(a['utility_untrained'])}"
         rate = f"TPR at 1 % FPR {format_value(a['tpr_at_1'])}"
+        more = "; ".join(f"{k}: {_say_auc(r)}, utility {format_value(r['utility'])}" for k, r in beside.items())
         lines.append(
-            f"- **{question}** {name} ({how}): AUC {auc}; {rate}. *Controls*: {controls}. "
-            f"*Beside it*: {worth}; {other}: AUC {auc_b}."
+            f"- **{question}** {name} ({how}): {_say_auc(a)}; {rate}. *Controls*: {controls}. "
+            f"*Beside it*: {worth}; {more}."
         )
     probed = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "")]
     if (probed["method"] == "mae").any():

@@ -134,6 +134,12 @@ def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
     said = page.say_findings(pd.concat([table, crops]))
     assert said.count("\n") == 0 and ".80 [.70, .90], shown" in said and "no model .51" in said
     assert "strong crops: AUC .53" in said and "not shown" in said
+    known = dict(crops.query("control == ''").iloc[0], attack="encodermi-t", knowledge="partial", seed=None, epochs=400)
+    simclr = known | dict(target="simclr-target", method="simclr", auc=0.9)
+    moco = known | dict(target="mocov2-own-target", study="own", utility=0.58)
+    ages = [moco | dict(checkpoint=age, auc=auc) for age, auc in ((200, 0.51), (400, 0.55))]
+    said = page.say_findings(pd.DataFrame([simclr, *ages]))
+    assert "MoCo v2 on 2,000: AUC .55" in said and "utility .58" in said and ".51" not in said
 
 
 def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
