@@ -33,6 +33,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
                          "strength", "attacker", "probes", "query_augmentation") if c in table]  # fmt: skip
     # who knows of a defense matters only where there is one
     table, lines = table.assign(attacker=table["attacker"].where(table["defense"] != "none", "")), []
+    table["strength"] = table["strength"].where(table["strength"] != "", None)
     groups: dict[tuple, list[dict]] = {}
     for row in table.astype(object).where(table.notna(), None).to_dict("records"):
         groups.setdefault(tuple(row[name] for name in facts), []).append(row)
@@ -45,7 +46,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         strength = "" if a["strength"] is None else a["strength"]
         defense = "" if a["defense"] == "none" else f"{label_of(a['defense'])} {strength}".strip()
         lines.append({
-            "attack": label_of(a["attack"]), "target": name_target(a), "data": label_of(a["dataset"]),
+            "attack": name_attack(a), "target": name_target(a), "data": label_of(a["dataset"]),
             "N": a["n_train"], "T": a["checkpoint"], "trained with": WORDS.get(a["augmentation"]),
             "knowledge": name_knowledge(a), "decoder": label_of(a["decoder"]) if a["attack"] == "mim" else "",
             "defense": defense, "attacker": a["attacker"] if defense else "", "seeds": a["n_seeds"], "auc": a["auc"],
@@ -59,6 +60,12 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     order = ["defense", "attack", "target", "N", "T"]
     return pd.DataFrame(lines).drop_duplicates().sort_values(order, kind="stable", ignore_index=True)
+
+
+def name_attack(row: Any) -> str:
+    """Name an attack, and what stands in the place of PartCrop's parts where something does."""
+    probes = row.get("probes")
+    return label_of(row["attack"]) + (f", {label_of(probes)}" if isinstance(probes, str) and probes != "parts" else "")
 
 
 def name_target(row: Any) -> str:
