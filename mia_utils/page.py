@@ -33,12 +33,12 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
                          "strength", "attacker", "probes", "query_augmentation") if c in table]  # fmt: skip
     # who knows of a defense matters only where there is one
     table, lines = table.assign(attacker=table["attacker"].where(table["defense"] != "none", "")), []
-    table["strength"] = table["strength"].where(table["strength"] != "", None)
     groups: dict[tuple, list[dict]] = {}
     for row in table.astype(object).where(table.notna(), None).to_dict("records"):
         groups.setdefault(tuple(row[name] for name in facts), []).append(row)
     for part in groups.values():
-        own = sorted((r for r in part if not r["control"]), key=lambda r: (r["n_seeds"], r["n_nonmembers"]))
+        part.sort(key=lambda r: (r["n_seeds"], r["n_nonmembers"], -SUMMARY.index(r["study"])))  # the last counts
+        own = [r for r in part if not r["control"]]
         if not own:
             continue
         a = own[-1]
@@ -65,7 +65,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 def name_attack(row: Any) -> str:
     """Name an attack, and what stands in the place of PartCrop's parts where something does."""
     probes = row.get("probes")
-    return label_of(row["attack"]) + (f", {label_of(probes)}" if isinstance(probes, str) and probes != "parts" else "")
+    return label_of(row["attack"]) + (f", {label_of(probes)}" if isinstance(probes, str) else "")
 
 
 def name_target(row: Any) -> str:

@@ -121,6 +121,7 @@ def tabulate(
         row["verdict"] = str(intervals.decide(row["auc"], row["auc_low"], row["auc_high"], control=beside))
     frame = pd.DataFrame(table, columns=[*columns, *(n for n in (*first, "key") if n not in columns)])
     frame["seed"] = pd.to_numeric(frame["seed"])
+    frame["strength"] = frame["strength"].where(frame["strength"] != "", np.nan)  # none, however it was written
     return frame[[*first, *(name for name in frame if name not in {*first, "clear"})]]
 
 

@@ -127,13 +127,13 @@ def test_the_catalog_is_made_of_what_the_figures_say():
     assert set(table["paper"]) == set(page.UNKNOWN) and len(table) == 2 + len(page.UNKNOWN)
 
 
-def test_rows_that_differ_in_their_probes_differ_in_name_and_no_strength_is_one_fact():
+def test_rows_that_differ_in_their_probes_differ_in_name_and_the_first_study_speaks_for_the_same():
     row = make_table().query("control == '' and attack == 'partcrop' and seed.isna()").iloc[0]
-    base = dict(row, study="probes", knowledge="partial", defense="none", attacker="static", strength=None)
-    few = base | dict(study="main", n_seeds=1)
-    rows = [few, base | dict(n_seeds=3, strength=""), base | dict(probes="random"), base | dict(probes="other-image")]
-    names = list(page.summarize(pd.DataFrame(rows))["attack"])
-    assert sorted(names) == ["PartCrop", "PartCrop, another image's tokens", "PartCrop, random vectors"]
+    base = dict(row, study="probes", knowledge="partial", defense="none", attacker="static", strength=None, auc=0.4)
+    main = base | dict(study="main", auc=0.6)
+    rows = [main, base, base | dict(probes="random"), base | dict(probes="other-image")]
+    said = page.summarize(pd.DataFrame(rows)).set_index("attack")["auc"]
+    assert dict(said) == {"PartCrop": 0.6, "PartCrop, another image's tokens": 0.4, "PartCrop, random vectors": 0.4}
 
 
 def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
