@@ -45,27 +45,30 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         controls = {r["control"]: r["auc"] for r in part if r["n_seeds"] == a["n_seeds"]}
         strength = "" if a["strength"] is None else a["strength"]
         defense = "" if a["defense"] == "none" else f"{label_of(a['defense'])} {strength}".strip()
+        defense += ", static attacker" if a["attacker"] == "static" else ""
         lines.append({
             "attack": name_attack(a), "target": name_target(a), "data": label_of(a["dataset"]),
             "N": a["n_train"], "T": a["checkpoint"], "trained with": WORDS.get(a["augmentation"]),
-            "knowledge": name_knowledge(a), "decoder": label_of(a["decoder"]) if a["attack"] == "mim" else "",
-            "defense": defense, "attacker": a["attacker"] if defense else "", "seeds": a["n_seeds"], "auc": a["auc"],
+            "knowledge": name_knowledge(a), "defense": defense, "seeds": a["n_seeds"], "auc": a["auc"],
             "AUC": format_interval(a["auc"], a["auc_low"], a["auc_high"]), "verdict": a["verdict"],
             "TPR at 1 % FPR": format_value(a["tpr_at_1"]), "utility": format_value(a["utility"]),
             "untrained utility": format_value(a["utility_untrained"]),
             **{label_of(c): format_value(controls.get(c)) for c in ("no-model", "untrained", "permuted")},
-            "queries": a["queries"],
+            "queries": a["queries"], "id": a["target"],
         })  # fmt: skip
     if not lines:
         return pd.DataFrame()
+    said = pd.DataFrame(lines)
+    known = [*said.columns[:said.columns.get_loc("auc")]]
+    said["target"] += (" (" + said.pop("id") + ")").where(said.duplicated(known, keep=False), "")  # what else tells apart
     order = ["defense", "attack", "target", "N", "T"]
-    return pd.DataFrame(lines).drop_duplicates().sort_values(order, kind="stable", ignore_index=True)
+    return said.drop_duplicates().sort_values(order, kind="stable", ignore_index=True)
 
 
 def name_attack(row: Any) -> str:
-    """Name an attack, and what stands in the place of PartCrop's parts where something does."""
-    probes = row.get("probes")
-    return label_of(row["attack"]) + (f", {label_of(probes)}" if isinstance(probes, str) else "")
+    """Name an attack, what stands in the place of PartCrop's parts where something does, and whose decoder fills in."""
+    choice = row["decoder"] if row["attack"] == "mim" else row.get("probes")
+    return label_of(row["attack"]) + (f", {label_of(choice)}" if isinstance(choice, str) else "")
 
 
 def name_target(row: Any) -> str:
@@ -275,7 +278,7 @@ def say_controls(controls: pd.DataFrame) -> str:
 def write_tables(summary: pd.DataFrame, figures: list[dict[str, Any]], controls: pd.DataFrame) -> None:
     """Write ``docs/results.md``, ``catalog.md`` and ``benchmarks.md``."""
     docs, parts = profiles.find_source("docs"), []
-    results = to_markdown(summary.drop(columns=["auc", "decoder", "attacker", "queries"]))
+    results = to_markdown(summary.drop(columns=["auc", "queries"]))
     for path in sorted(profiles.find_source("benchmarks", "results").glob("*.csv")):
         frame = pd.read_csv(path).dropna(axis="columns", how="all")
         frame = frame.drop(columns=["commit", "versions", "date"], errors="ignore")

@@ -52,7 +52,8 @@ def written(home, monkeypatch):
 def test_one_line_for_each_attack_with_its_controls_as_columns():
     table = page.summarize(make_table())
     assert table[["attack", "target", "defense"]].to_numpy().tolist() == [
-        ["MIM attack", "MAE", ""], ["PartCrop", "SimCLR", ""], ["MIM attack", "MAE", "Noise 0.5"],
+        ["MIM attack, the target's decoder", "MAE", ""], ["PartCrop", "SimCLR", ""],
+        ["MIM attack, the target's decoder", "MAE", "Noise 0.5"],
     ]  # fmt: skip
     first = table.iloc[0]
     assert first[["no model", "untrained model", "permuted labels"]].tolist() == [".51", ".52", ".53"]
@@ -134,6 +135,15 @@ def test_rows_that_differ_in_their_probes_differ_in_name_and_the_first_study_spe
     rows = [main, base, base | dict(probes="random"), base | dict(probes="other-image")]
     said = page.summarize(pd.DataFrame(rows)).set_index("attack")["auc"]
     assert dict(said) == {"PartCrop": 0.6, "PartCrop, another image's tokens": 0.4, "PartCrop, random vectors": 0.4}
+
+
+def test_no_two_lines_are_alike_but_for_their_numbers():
+    row = dict(make_table().query("control == '' and attack == 'mim' and defense == 'noise'").iloc[0], decoder="own")
+    rows = [row | dict(attacker=who, auc=auc) for who, auc in (("adaptive", 0.6), ("static", 0.5))]
+    rows += [row | dict(target=f"mae-mask{share}-target", defense="none") for share in (50, 90)]
+    said = page.summarize(pd.DataFrame(rows))
+    assert said["defense"].tolist() == ["", "", "Noise 0.5", "Noise 0.5, static attacker"]
+    assert said["target"].tolist() == ["MAE (mae-mask50-target)", "MAE (mae-mask90-target)", "MAE", "MAE"]
 
 
 def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
