@@ -59,8 +59,8 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     if not lines:
         return pd.DataFrame()
     said = pd.DataFrame(lines)
-    known = [*said.columns[:said.columns.get_loc("auc")]]
-    said["target"] += (" (" + said.pop("id") + ")").where(said.duplicated(known, keep=False), "")  # what else tells apart
+    known = [*said.columns[: said.columns.get_loc("auc")]]
+    said["target"] += (" (" + said.pop("id") + ")").where(said.duplicated(known, keep=False), "")  # else alike
     order = ["defense", "attack", "target", "N", "T"]
     return said.drop_duplicates().sort_values(order, kind="stable", ignore_index=True)
 
@@ -161,30 +161,34 @@ def write(profile: str) -> Path:
 
 _PARTIAL = "knowledge == 'partial' and attack =="
 FINDINGS = (  # question; query of the attack's rows; what has to be said beside it, and where it stands
-    ("What leaks most?", f"target == 'mae-target' and {_PARTIAL} 'mim'",
-     {"with strong crops": f"target == 'mae-crop-target' and {_PARTIAL} 'mim'"}),
+    ("What leaks most?", f"target == 'mae-target' and {_PARTIAL} 'mim'", {}),
     ("Does an encoder leak that is worth using?", f"target == 'simclr-target' and {_PARTIAL} 'encodermi-t'",
-     {"on 512 images": f"target == 'simclr-n512-target' and {_PARTIAL} 'encodermi-t'",
+     {"on 2,048, 600 epochs": "target == 'simclr-n2048-t600-target'",
       "MoCo v2 on 2,000": f"target == 'mocov2-own-target' and {_PARTIAL} 'encodermi-t' and checkpoint == epochs"}),
 )  # fmt: skip
-
-AIDED = ("mae-n128-t250-target", "mae-n8192-t250-target", "mae-crop-target")  # with and without a reference model
 
 
 def _say_auc(row: Any) -> str:
     return f"AUC {format_interval(row['auc'], row['auc_low'], row['auc_high'])}, {row['verdict']}"
 
 
+def _say_price(row: Any) -> str:
+    how = f"{label_of(row['defense'])} {row['strength']}".removesuffix(".0")
+    how = WORDS.get(row["augmentation"]) if row["defense"] == "none" else how
+    shown = "" if row["verdict"] == "shown" else f" ({row['verdict']})"
+    return f"{how} {format_value(row['auc'])}{shown}, {format_value(row['utility'])}"
+
+
 def say_findings(results: pd.DataFrame) -> str:
     """Say the README's findings: attack, controls, and what they do not say; all numbers from the table."""
     rows, lines = results[results["seed"].isna()], []
-    held = rows[rows["study"].isin(["main", "contrast", "own"]) & (rows["defense"] == "none")]
+    held = rows[rows["study"].isin(["main", "valuable", "own"]) & (rows["defense"] == "none")]
     main = held[held["study"] == "main"]
     for question, query, others in FINDINGS:
         part = main.query(query)
         beside = {name: held.query(f"{other} and control == ''") for name, other in others.items()}
         beside = {name: found.iloc[0] for name, found in beside.items() if len(found)}
-        if part.empty or not beside:
+        if part.empty:
             continue
         a, n = part[part["control"] == ""].iloc[0], int(part["n_seeds"].iloc[0])
         name = f"{label_of(a['attack'])} on {label_of(a['method'])}"
@@ -197,7 +201,7 @@ def say_findings(results: pd.DataFrame) -> str:
         more = "; ".join(f"{k}: {_say_auc(r)}, utility {format_value(r['utility'])}" for k, r in beside.items())
         lines.append(
             f"- **{question}** {name} ({how}): {_say_auc(a)}; {rate}. *Controls*: {controls}. "
-            f"*Beside it*: {worth}; {more}."
+            f"*Beside it*: {'; '.join(filter(None, (worth, more)))}."
         )
     probed = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "")]
     if (probed["method"] == "mae").any():
@@ -206,38 +210,44 @@ def say_findings(results: pd.DataFrame) -> str:
         of = {m: probed[(probed["study"] == "probes") & (probed["method"] == m)] for m in ("mae", "simclr")}
         room = of["mae"].sort_values("checkpoint", kind="stable").drop_duplicates("probe")
         fine = probed[probed["arch"].str.contains("patch4")]
-        ends, few, apart = (
+        ends, few = (
             {r["probe"]: format_interval(r["auc"], r["auc_low"], r["auc_high"]) for _, r in part.iterrows()}
-            for part in (room, fine, of["simclr"])
+            for part in (room, fine)
         )
+        apart = of["simclr"].set_index("probe")["auc"].map(format_value)
         both = say.versus(room, "probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
         finer = f" With 64 tokens: own parts {few['parts']}, random {few['random']}." if few else ""
-        finer += f" SimCLR: {apart['parts']}, {apart['random']}." if apart else ""
+        finer += f" SimCLR: {apart['parts']}, {apart['random']}." if len(apart) else ""
         lines.append(
             f"- **Does PartCrop read parts?** {both} (MAE, {room['checkpoint'].iloc[0]:,.0f} epochs, trainings: "
             f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. *Beside it*: token "
             f"spread, *one* query, {ends['spread']}.{finer}"
         )
-    said, ended = [], rows[rows["study"].isin(["grid", "calibration"]) & (rows["checkpoint"] == rows["epochs"])]
-    for target in AIDED:
-        part = ended[ended["target"] == target]
-        own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="first")
-        if len(own) == 2:
-            ends = own[["auc", "auc_low", "auc_high"]].to_numpy()
-            plain, aided = (format_interval(*values) for values in ends)
-            how = f"{own['n_train'].iloc[0]:,.0f} images, {own['epochs'].iloc[0]:,.0f} epochs"
-            how += ", strong crops" if (own["augmentation"] == "crop").any() else ""
-            blind = format_value(part.loc[part["control"] == "no-model", "auc"].max())
-            said.append(f"{aided} and {plain} ({how}; no model {blind})")
-    if said:
-        asked = "- **What does a reference model find?** MIM attack on MAE, AUC with one and without: "
-        lines.append(f"{asked}{', '.join(said)}.")
+    part = rows.query("study == 'grid' and target == 'mae-n8192-t250-target' and checkpoint == epochs")
+    own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="first")
+    if len(own) == 2:
+        plain, aided = (format_interval(*ends) for ends in own[["auc", "auc_low", "auc_high"]].to_numpy())
+        blind = format_value(part.loc[part["control"] == "no-model", "auc"].max())
+        lines.append(
+            f"- **What does a reference model find?** MIM attack on MAE ({own['n_train'].iloc[0]:,.0f} images, "
+            f"{own['epochs'].iloc[0]:,.0f} epochs), AUC with one and without: {aided} and {plain}; no model {blind}."
+        )
+    valued, kinds = rows[rows["study"] == "valuable"], []
+    own = valued[(valued["control"] == "") & (valued["reference"].notna() | (valued["attack"] != "mim"))]
+    for (attack, method), part in own.groupby(["attack", "method"], sort=False):
+        name = f"{label_of(method)}, {label_of(attack)}{' with a reference' if attack == 'mim' else ''}"
+        said = [_say_price(r) for _, r in part.sort_values("auc", ascending=False).iterrows()]
+        kinds.append(f"{name} (untrained {format_value(part['utility_untrained'].iloc[0])}): {'; '.join(said)}.")
+    if kinds:
+        blind = format_value(valued.loc[valued["control"] == "no-model", "auc"].max())
+        asked = f"- **What protects a useful encoder?** AUC and utility, {own['n_train'].max():,.0f} images. "
+        lines.append(f"{asked}{' '.join(kinds)} *Control*: no model {blind}.")
     blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
     if {"released-view", "controlled"} <= set(blind.index):
         flawed, clean = (format_value(blind[protocol]) for protocol in ("released-view", "controlled"))
         lines.append(
-            f"- **How far does one get without any model?** To AUC {flawed} when members come cropped and non-members "
-            f"whole, as in released code; *control*: {clean} with one view for all, as in every row here. "
+            f"- **How far without any model?** To AUC {flawed} when members come cropped and non-members "
+            f"whole, as in released code; *control*: {clean} with one view for all. "
             "*Not said*: that published attacks find nothing."
         )
     return "\n".join(lines)

@@ -148,17 +148,24 @@ def test_no_two_lines_are_alike_but_for_their_numbers():
 
 def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
     table = make_table()
-    assert page.say_findings(table) == ""
-    crops = table[table["attack"] == "mim"].assign(target="mae-crop-target", auc=0.53, verdict="not shown")
-    said = page.say_findings(pd.concat([table, crops]))
+    assert page.say_findings(table.assign(study="encoders")) == ""
+    said = page.say_findings(table)
     assert said.count("\n") == 0 and ".80 [.70, .90], shown" in said and "no model .51" in said
-    assert "strong crops: AUC .53" in said and "not shown" in said
-    known = dict(crops.query("control == ''").iloc[0], attack="encodermi-t", knowledge="partial", seed=None, epochs=400)
+    known = dict(table.query("control == '' and attack == 'mim'").iloc[0], attack="encodermi-t", seed=None, epochs=400)
     simclr = known | dict(target="simclr-target", method="simclr", auc=0.9)
     moco = known | dict(target="mocov2-own-target", study="own", utility=0.58)
     ages = [moco | dict(checkpoint=age, auc=auc) for age, auc in ((200, 0.51), (400, 0.55))]
     said = page.say_findings(pd.DataFrame([simclr, *ages]))
     assert "MoCo v2 on 2,000: AUC .55" in said and "utility .58" in said and ".51" not in said
+
+
+def test_defenses_are_said_with_what_they_cost_and_without_a_reference_they_prove_nothing():
+    row = dict(make_table(study="valuable", n_train=2048).query("control == '' and attack == 'mim'").iloc[0], seed=None)
+    rows = [row | dict(auc=0.6), row | dict(control="no-model", auc=0.49), row | dict(reference="r", auc=0.8)]
+    crops = row | dict(reference="r", auc=0.51, utility=0.38, verdict="not shown", augmentation="crop")
+    said = page.say_findings(pd.DataFrame([*rows, crops, crops | dict(auc=0.1, reference=None)]))
+    assert "whole images .80, .40; strong crops .51 (not shown), .38." in said and "no model .49" in said
+    assert said.count("\n") == 0 and ".10" not in said and ".60" not in said
 
 
 def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
@@ -170,7 +177,7 @@ def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
     assert page.say_findings(pd.DataFrame([plain])) == ""
     blind = plain | dict(control="no-model", auc=0.51)
     said = page.say_findings(pd.DataFrame([plain, aided, blind, plain | dict(checkpoint=100, auc=0.1)]))
-    assert ".80 [.75, .85] and .60 [.55, .65] (8,192 images, 250 epochs; no model .51)." in said
+    assert "(8,192 images, 250 epochs), AUC with one and without: .80 [.75, .85] and .60 [.55, .65]; no model .51" in said
 
 
 def test_tables_of_docs_have_few_digits_and_no_stray_bars():
