@@ -70,8 +70,9 @@ WORDS = {  # what columns hold, as a reader calls it
     "gaussian": "Gaussian energy", "both": "both energies", "own": "the target's decoder",
     "attacker": "the attacker's decoder", "partial": "knows some members", "parts": "own parts",
     "random": "random vectors", "other-image": "another image's tokens", "vit_nano_patch8_32": "small ViT",
-    "vit_micro_patch8_32": "ViT", "vit_small_patch8_32": "ViT", "vit_small_patch8_64": "ViT",
-    "resnet_thin_32": "ResNet", "resnet18_32": "ResNet-18", "swin_thin_32": "Swin",
+    "vit_micro_patch8_32": "ViT", "vit_micro_patch8_64": "ViT", "vit_small_patch8_32": "ViT",
+    "vit_small_patch8_64": "ViT", "resnet_thin_32": "ResNet", "resnet18_32": "ResNet-18",
+    "swin_thin_32": "Swin",
 }  # fmt: skip
 
 STYLE: dict[str, Any] = {
