@@ -47,13 +47,12 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         strength = "" if a["strength"] is None else a["strength"]
         defense = "" if a["defense"] == "none" else f"{label_of(a['defense'])} {strength}".strip()
         defense += ", static attacker" if a["attacker"] == "static" else ""
-        measured = a["checkpoint"] == a["epochs"] or a["defense"] == "early-stopping"  # elsewhere it is that of the end
         lines.append({
             "attack": name_attack(a), "target": name_target(a), "data": label_of(a["dataset"]),
             "N": a["n_train"], "T": a["checkpoint"], "trained with": WORDS.get(a["augmentation"]),
             "knowledge": name_knowledge(a), "defense": defense, "seeds": a["n_seeds"], "auc": a["auc"],
             "AUC": format_interval(a["auc"], a["auc_low"], a["auc_high"]), "verdict": a["verdict"],
-            "TPR at 1 % FPR": format_value(a["tpr_at_1"]), "utility": format_value(a["utility"] if measured else None),
+            "TPR at 1 % FPR": format_value(a["tpr_at_1"]), "utility": format_value(a["utility"]),
             "untrained utility": format_value(a["utility_untrained"]),
             **{label_of(c): format_value(controls.get(c)) for c in ("no-model", "untrained", "permuted")},
             "queries": a["queries"], "id": a["target"],

@@ -122,6 +122,9 @@ def tabulate(
     frame = pd.DataFrame(table, columns=[*columns, *(n for n in (*first, "key") if n not in columns)])
     frame["seed"] = pd.to_numeric(frame["seed"])
     frame["strength"] = frame["strength"].where(frame["strength"] != "", np.nan)  # none, however it was written
+    early = frame["checkpoint"].notna() & (frame["checkpoint"] != frame["epochs"])
+    early &= frame["defense"] != "early-stopping"  # measured there; else only at the end of a training
+    frame.loc[early, ["utility", "knn"]] = np.nan
     return frame[[*first, *(name for name in frame if name not in {*first, "clear"})]]
 
 

@@ -146,13 +146,6 @@ def test_no_two_lines_are_alike_but_for_their_numbers():
     assert said["target"].tolist() == ["MAE (mae-mask50-target)", "MAE (mae-mask90-target)", "MAE", "MAE"]
 
 
-def test_the_utility_of_the_end_is_not_said_of_an_earlier_checkpoint():
-    row = dict(make_table().query("control == '' and attack == 'mim' and defense == 'none'").iloc[0])
-    early = row | dict(checkpoint=100)
-    said = page.summarize(pd.DataFrame([row, early, early | dict(defense="early-stopping", strength=100, utility=0.35)]))
-    assert said[["T", "utility"]].to_numpy().tolist() == [[100, ""], [500, ".40"], [100, ".35"]]
-
-
 def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
     table = make_table()
     assert page.say_findings(table.assign(study="encoders")) == ""

@@ -26,6 +26,12 @@ def table_of(rows, studies=None):
     return results.tabulate(rows, studies or {"main": list(dict.fromkeys(r["key"] for r in rows))}, merge)
 
 
+def test_the_utility_of_the_end_is_not_said_of_an_earlier_checkpoint():
+    ages = [row(key=str(age), checkpoint=age, epochs=500) for age in (100, 500)]
+    ages.append(row(key="stopped", checkpoint=100, epochs=500, defense="early-stopping", strength=100))
+    assert table_of(ages)["utility"].isna().tolist() == [True, False, False]
+
+
 def test_seeds_of_one_experiment_are_one_row_with_the_seeds_below():
     table = table_of([row(s) for s in range(3)])
     assert table["n_seeds"].tolist() == [3, 1, 1, 1] and table["seed"].isna().tolist() == [True, False, False, False]
