@@ -175,7 +175,7 @@ def _say_auc(row: Any) -> str:
 
 def _say_price(row: Any) -> str:
     how = f"{label_of(row['defense'])} {row['strength']}".removesuffix(".0")
-    how = WORDS.get(row["augmentation"]) if row["defense"] == "none" else how
+    how = WORDS[row["augmentation"]].removesuffix(" and color") if row["defense"] == "none" else how
     shown = "" if row["verdict"] == "shown" else f" ({row['verdict']})"
     return f"{how} {format_value(row['auc'])}{shown}, {format_value(row['utility'])}"
 
@@ -224,14 +224,18 @@ def say_findings(results: pd.DataFrame) -> str:
             f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. *Beside it*: token "
             f"spread, *one* query, {ends['spread']}.{finer}"
         )
-    part = rows.query("study == 'grid' and target == 'mae-n8192-t250-target' and checkpoint == epochs")
-    own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="first")
-    if len(own) == 2:
-        plain, aided = (format_interval(*ends) for ends in own[["auc", "auc_low", "auc_high"]].to_numpy())
-        blind = format_value(part.loc[part["control"] == "no-model", "auc"].max())
+    ended = rows.query("study == 'grid' and checkpoint == epochs")
+    ended, aided = ended[ended["n_train"] == ended["n_train"].max()], []
+    for trained, part in ended.groupby("augmentation", sort=False):
+        own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="last")
+        if len(own) == 2:
+            both = " and ".join(format_interval(*ends) for ends in own[["auc", "auc_low", "auc_high"]].to_numpy())
+            aided.append(f"{WORDS[trained]} {both}, utility {format_value(own['utility'].mean())}")
+    if aided:
+        blind = format_value(ended.loc[ended["control"] == "no-model", "auc"].max())
         lines.append(
-            f"- **What does a reference model find?** MIM attack on MAE ({own['n_train'].iloc[0]:,.0f} images, "
-            f"{own['epochs'].iloc[0]:,.0f} epochs), AUC with one and without: {aided} and {plain}; no model {blind}."
+            f"- **What does a reference model find?** MIM attack on MAE ({ended['n_train'].iloc[0]:,.0f} images, "
+            f"{ended['epochs'].iloc[0]:,.0f} epochs), AUC with one and without: {'; '.join(aided)}; no model {blind}."
         )
     valued, kinds = rows[rows["study"] == "valuable"], []
     own = valued[(valued["control"] == "") & (valued["reference"].notna() | (valued["attack"] != "mim"))]
@@ -241,7 +245,9 @@ def say_findings(results: pd.DataFrame) -> str:
         kinds.append(f"{name} (untrained {format_value(part['utility_untrained'].iloc[0])}): {'; '.join(said)}.")
     if kinds:
         blind = format_value(valued.loc[valued["control"] == "no-model", "auc"].max())
-        asked = f"- **What protects a useful encoder?** AUC and utility, {own['n_train'].max():,.0f} images. "
+        n = " to ".join(f"{count:.0f}" for count in sorted({own["n_seeds"].min(), own["n_seeds"].max()}))
+        asked = f"- **What protects a useful encoder?** AUC and utility, {own['n_train'].max():,.0f} images, "
+        asked += f"trainings: {n}. "
         lines.append(f"{asked}{' '.join(kinds)} *Control*: no model {blind}.")
     blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
     if {"released-view", "controlled"} <= set(blind.index):

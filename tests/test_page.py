@@ -176,8 +176,13 @@ def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
     aided = base | dict(auc=0.8, auc_low=0.75, auc_high=0.85, reference="mae-reference")
     assert page.say_findings(pd.DataFrame([plain])) == ""
     blind = plain | dict(control="no-model", auc=0.51)
-    said = page.say_findings(pd.DataFrame([plain, aided, blind, plain | dict(checkpoint=100, auc=0.1)]))
-    assert "(8,192 images, 250 epochs), AUC with one and without: .80 [.75, .85] and .60 [.55, .65]; no model .51" in said
+    fewer = [r | dict(n_train=512, auc=0.1) for r in (plain, aided)]
+    said = page.say_findings(pd.DataFrame([plain, aided, blind, plain | dict(checkpoint=100, auc=0.1), *fewer]))
+    assert "(8,192 images, 250 epochs), AUC with one and without: whole images .80 [.75, .85] and .60 [.55" in said
+    assert "utility .40; no model .51." in said and ".10" not in said
+    crops = [r | dict(augmentation="crop", auc=r["auc"] - 0.1) for r in (plain, aided)]
+    said = page.say_findings(pd.DataFrame([plain, aided, *crops, blind]))
+    assert "and .60 [.55, .65], utility .40; strong crops .70 [.75, .85] and .50" in said
 
 
 def test_tables_of_docs_have_few_digits_and_no_stray_bars():
