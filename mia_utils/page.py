@@ -242,7 +242,7 @@ def say_findings(results: pd.DataFrame) -> str:
     for (attack, method), part in own.groupby(["attack", "method"], sort=False):
         name = f"{label_of(method)}, {label_of(attack)}{' with a reference' if attack == 'mim' else ''}"
         said = [_say_price(r) for _, r in part.sort_values("auc", ascending=False).iterrows()]
-        kinds.append(f"{name} (untrained {format_value(part['utility_untrained'].iloc[0])}): {'; '.join(said)}.")
+        kinds.append(f"{name} (untrained {format_value(part['utility_untrained'].mean())}): {'; '.join(said)}.")
     if kinds:
         blind = format_value(valued.loc[valued["control"] == "no-model", "auc"].max())
         n = " to ".join(f"{count:.0f}" for count in sorted({own["n_seeds"].min(), own["n_seeds"].max()}))
