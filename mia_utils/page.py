@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from mia_utils import __version__, course, lab, paths, say
+from mia_utils import __version__, course, findings, lab, paths
 from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
 from mia_utils.results import to_markdown
 from mia_utils.runner import parameters, profiles
@@ -156,108 +156,8 @@ def write(profile: str) -> Path:
     )  # fmt: skip
     if profile == "photos":
         write_tables(summary, figures, controls)
-        fill_sections(profiles.find_source("README.md"), {"findings": say_findings(results), "times": say_times()})
+        fill_sections(profiles.find_source("README.md"), {"findings": findings.say_all(results), "times": say_times()})
     return paths.write_atomic(folder / "index.html", page)
-
-
-_PARTIAL = "knowledge == 'partial' and attack =="
-FINDINGS = (  # question; query of the attack's rows; what has to be said beside it, and where it stands
-    ("What leaks most?", f"target == 'mae-target' and {_PARTIAL} 'mim'", {}),
-    ("Does an encoder leak that is worth using?", f"target == 'simclr-target' and {_PARTIAL} 'encodermi-t'",
-     {"on 2,048, 600 epochs": "target == 'simclr-n2048-t600-target'",
-      "MoCo v2 on 2,000": f"target == 'mocov2-own-target' and {_PARTIAL} 'encodermi-t' and checkpoint == epochs"}),
-)  # fmt: skip
-
-
-def _say_auc(row: Any) -> str:
-    return f"AUC {format_interval(row['auc'], row['auc_low'], row['auc_high'])}, {row['verdict']}"
-
-
-def _say_price(row: Any) -> str:
-    how = f"{label_of(row['defense'])} {row['strength']}".removesuffix(".0")
-    how = WORDS[row["augmentation"]].removesuffix(" and color") if row["defense"] == "none" else how
-    shown = "" if row["verdict"] == "shown" else f" ({row['verdict']})"
-    return f"{how} {format_value(row['auc'])}{shown}, {format_value(row['utility'])}"
-
-
-def say_findings(results: pd.DataFrame) -> str:
-    """Say the README's findings: attack, controls, and what they do not say; all numbers from the table."""
-    rows, lines = results[results["seed"].isna()], []
-    held = rows[rows["study"].isin(["main", "valuable", "own"]) & (rows["defense"] == "none")]
-    main = held[held["study"] == "main"]
-    for question, query, others in FINDINGS:
-        part = main.query(query)
-        beside = {name: held.query(f"{other} and control == ''") for name, other in others.items()}
-        beside = {name: found.iloc[0] for name, found in beside.items() if len(found)}
-        if part.empty:
-            continue
-        a, n = part[part["control"] == ""].iloc[0], int(part["n_seeds"].iloc[0])
-        name = f"{label_of(a['attack'])} on {label_of(a['method'])}"
-        how = f"{a['n_train']:,.0f} images, {a['epochs']:,.0f} epochs, {n} training{'s' * (n > 1)}"
-        blind = part[part["control"] != ""].drop_duplicates("control")
-        blind = blind[(blind["control"] != "permuted") | ~blind["attack"].isin(course.UNTRAINED)]
-        controls = ", ".join(f"{label_of(c['control'])} {format_value(c['auc'])}" for _, c in blind.iterrows())
-        worth = f"utility {format_value(a['utility'])}, untrained {format_value(a['utility_untrained'])}"
-        rate = f"TPR at 1 % FPR {format_value(a['tpr_at_1'])}"
-        more = "; ".join(f"{k}: {_say_auc(r)}, utility {format_value(r['utility'])}" for k, r in beside.items())
-        lines.append(
-            f"- **{question}** {name} ({how}): {_say_auc(a)}; {rate}. *Controls*: {controls}. "
-            f"*Beside it*: {'; '.join(filter(None, (worth, more)))}."
-        )
-    probed = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "")]
-    if (probed["method"] == "mae").any():
-        probed = probed.assign(probe=probed["probes"].fillna("parts").where(probed["attack"] == "partcrop", "spread"))
-        probed = probed[probed["attack"] != "token-spread-lr"]
-        of = {m: probed[(probed["study"] == "probes") & (probed["method"] == m)] for m in ("mae", "simclr")}
-        room = of["mae"].sort_values("checkpoint", kind="stable").drop_duplicates("probe")
-        fine = probed[probed["arch"].str.contains("patch4")]
-        ends, few = (
-            {r["probe"]: format_interval(r["auc"], r["auc_low"], r["auc_high"]) for _, r in part.iterrows()}
-            for part in (room, fine)
-        )
-        apart = of["simclr"].set_index("probe")["auc"].map(format_value)
-        both = say.versus(room, "probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
-        finer = f" With 64 tokens: own parts {few['parts']}, random {few['random']}." if few else ""
-        finer += f" SimCLR: {apart['parts']}, {apart['random']}." if len(apart) else ""
-        lines.append(
-            f"- **Does PartCrop read parts?** {both} (MAE, {room['checkpoint'].iloc[0]:,.0f} epochs, trainings: "
-            f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. *Beside it*: token "
-            f"spread, *one* query, {ends['spread']}.{finer}"
-        )
-    ended = rows.query("study == 'grid' and checkpoint == epochs")
-    ended, aided = ended[ended["n_train"] == ended["n_train"].max()], []
-    for trained, part in ended.groupby("augmentation", sort=False):
-        own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="last")
-        if len(own) == 2:
-            both = " and ".join(format_interval(*ends) for ends in own[["auc", "auc_low", "auc_high"]].to_numpy())
-            aided.append(f"{WORDS[trained]} {both}, utility {format_value(own['utility'].mean())}")
-    if aided:
-        blind = format_value(ended.loc[ended["control"] == "no-model", "auc"].max())
-        lines.append(
-            f"- **What does a reference model find?** MIM attack on MAE ({ended['n_train'].iloc[0]:,.0f} images, "
-            f"{ended['epochs'].iloc[0]:,.0f} epochs), AUC with one and without: {'; '.join(aided)}; no model {blind}."
-        )
-    valued, kinds = rows[rows["study"] == "valuable"], []
-    own = valued[(valued["control"] == "") & (valued["reference"].notna() | (valued["attack"] != "mim"))]
-    for (attack, method), part in own.groupby(["attack", "method"], sort=False):
-        name = f"{label_of(method)}, {label_of(attack)}{' with a reference' if attack == 'mim' else ''}"
-        said = [_say_price(r) for _, r in part.sort_values("auc", ascending=False).iterrows()]
-        kinds.append(f"{name} (untrained {format_value(part['utility_untrained'].mean())}): {'; '.join(said)}.")
-    if kinds:
-        blind = format_value(valued.loc[valued["control"] == "no-model", "auc"].max())
-        n = " to ".join(f"{count:.0f}" for count in sorted({own["n_seeds"].min(), own["n_seeds"].max()}))
-        asked = f"- **What protects a useful encoder?** AUC and utility, {own['n_train'].max():,.0f} images, "
-        asked += f"trainings: {n}. "
-        lines.append(f"{asked}{' '.join(kinds)} *Control*: no model {blind}.")
-    blind = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
-    if {"released-view", "controlled"} <= set(blind.index):
-        flawed, clean = (format_value(blind[protocol]) for protocol in ("released-view", "controlled"))
-        lines.append(
-            f"- **How far without any model?** To AUC {flawed} when members come cropped and non-members "
-            f"whole, as in released code; *control*: {clean} with one view for all. "
-            "*Not said*: that published attacks find nothing."
-        )
-    return "\n".join(lines)
 
 
 def say_times() -> str:

@@ -17,7 +17,7 @@ ORDER = [
     {"attacks"},
     {"runner"},
     {"results", "calls", "lab", "defenses"},
-    {"plots", "say", "course", "page", "replay", "audit"},
+    {"plots", "say", "course", "findings", "page", "replay", "audit"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
 FLOOR["plots"] = FLOOR["protocol"]  # drawing needs rows, never the lab that made them

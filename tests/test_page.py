@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mia_utils import page, paths, plots
+from mia_utils import findings, page, paths, plots
 from mia_utils.lab import Lab
 from mia_utils.plots.style import make_figure
 
@@ -147,23 +147,32 @@ def test_no_two_lines_are_alike_but_for_their_numbers():
 
 
 def test_findings_carry_controls_and_limits_and_absent_ones_are_left_out():
-    table = make_table()
-    assert page.say_findings(table.assign(study="encoders")) == ""
-    said = page.say_findings(table)
-    assert said.count("\n") == 0 and ".80 [.70, .90], shown" in said and "no model .51" in said
-    known = dict(table.query("control == '' and attack == 'mim'").iloc[0], attack="encodermi-t", seed=None, epochs=400)
-    simclr = known | dict(target="simclr-target", method="simclr", auc=0.9)
-    moco = known | dict(target="mocov2-own-target", study="own", utility=0.58)
+    table = make_table().assign(utility=0.35)
+    assert findings.say_all(table.assign(study="encoders")) == ""
+    said = findings.say_all(table)
+    assert said.count("\n") == 0 and "MIM attack on MAE" in said and ".99 [.70, .90], shown" in said
+    assert "no model .51" in said and "utility .35, untrained .30" in said
+
+
+def test_an_encoder_worth_using_is_one_that_learned_and_the_same_recipe_on_more_images_stands_beside_it():
+    known = dict(make_table().query("control == '' and attack == 'mim'").iloc[0], attack="encodermi-t", seed=None)
+    known |= dict(epochs=400, checkpoint=400, utility=0.48)
+    simclr = known | dict(target="simclr-target", method="simclr", auc=0.7)
+    leaky = known | dict(target="mae-target", auc=0.9, utility=0.35)
+    moco = known | dict(target="mocov2-own-target", method="moco-v2", study="own", n_train=2000, utility=0.58)
     ages = [moco | dict(checkpoint=age, auc=auc) for age, auc in ((200, 0.51), (400, 0.55))]
-    said = page.say_findings(pd.DataFrame([simclr, *ages]))
-    assert "MoCo v2 on 2,000: AUC .55" in said and "utility .58" in said and ".51" not in said
+    other = moco | dict(augmentation="simclr", auc=0.52)
+    said = findings.say_all(pd.DataFrame([simclr, leaky, *ages, other])).splitlines()
+    assert "EncoderMI-T on MAE" in said[0] and "EncoderMI-T on SimCLR" in said[1] and "AUC .70" in said[1]
+    assert "MoCo v2 on 2,000, 400 epochs: AUC .55" in said[1] and "utility .58" in said[1]
+    assert ".51" not in said[1] and ".52" not in said[1]
 
 
 def test_defenses_are_said_with_what_they_cost_and_without_a_reference_they_prove_nothing():
     row = dict(make_table(study="valuable", n_train=2048).query("control == '' and attack == 'mim'").iloc[0], seed=None)
     rows = [row | dict(auc=0.6), row | dict(control="no-model", auc=0.49), row | dict(reference="r", auc=0.8)]
     crops = row | dict(reference="r", auc=0.51, utility=0.38, verdict="not shown", augmentation="crop")
-    said = page.say_findings(pd.DataFrame([*rows, crops, crops | dict(auc=0.1, reference=None)]))
+    said = findings.say_all(pd.DataFrame([*rows, crops, crops | dict(auc=0.1, reference=None)]))
     assert "whole images .80, .40; strong crops .51 (not shown), .38." in said and "no model .49" in said
     assert said.count("\n") == 0 and ".10" not in said and ".60" not in said
 
@@ -174,14 +183,14 @@ def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
     base |= dict(augmentation="none", dataset="cifar10", reference=None)
     plain = base | dict(auc=0.6, auc_low=0.55, auc_high=0.65)
     aided = base | dict(auc=0.8, auc_low=0.75, auc_high=0.85, reference="mae-reference")
-    assert page.say_findings(pd.DataFrame([plain])) == ""
+    assert findings.say_all(pd.DataFrame([plain])) == ""
     blind = plain | dict(control="no-model", auc=0.51)
     fewer = [r | dict(n_train=512, auc=0.1) for r in (plain, aided)]
-    said = page.say_findings(pd.DataFrame([plain, aided, blind, plain | dict(checkpoint=100, auc=0.1), *fewer]))
+    said = findings.say_all(pd.DataFrame([plain, aided, blind, plain | dict(checkpoint=100, auc=0.1), *fewer]))
     assert "(8,192 images, 250 epochs), AUC with one and without: whole images .80 [.75, .85] and .60 [.55" in said
     assert "utility .40; no model .51." in said and ".10" not in said
     crops = [r | dict(augmentation="crop", auc=r["auc"] - 0.1) for r in (plain, aided)]
-    said = page.say_findings(pd.DataFrame([plain, aided, *crops, blind]))
+    said = findings.say_all(pd.DataFrame([plain, aided, *crops, blind]))
     assert "and .60 [.55, .65], utility .40; strong crops .70 [.75, .85] and .50" in said
 
 

@@ -1,0 +1,150 @@
+"""The README's findings, one function each: what an attack finds, its controls, and what has to be said beside it.
+
+Every function takes rows over all seeds of ``lab.results`` and returns a sentence, empty where the rows are not there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from mia_utils import course, say
+from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
+
+USEFUL = 0.1  # gain in utility over the untrained encoder from which an encoder is called worth using
+
+
+def say_all(results: pd.DataFrame) -> str:
+    """Return the findings as a list in Markdown; all numbers from the table."""
+    rows = results[results["seed"].isna()]
+    found = (finding(rows) for finding in (most, useful, parts, reference, defenses, blind))
+    return "\n".join(f"- {text}" for text in found if text)
+
+
+def most(rows: pd.DataFrame) -> str:
+    """Say which main row has the highest AUC."""
+    main = _undefended(rows, "main")
+    return _describe("What leaks most?", main, rows) if len(main) else ""
+
+
+def useful(rows: pd.DataFrame) -> str:
+    """Say what leaks most among the encoders that learned something; beside it the same recipe on more images."""
+    held = _undefended(rows, "main", "own", "valuable")
+    held = held[held["utility"] - held["utility_untrained"] >= USEFUL]
+    main = held[held["study"] == "main"]
+    if main.empty:
+        return ""
+    a = main.loc[main["auc"].idxmax()]
+    same = held[(held["attack"] == a["attack"]) & (held["augmentation"] == a["augmentation"])]
+    more = same[(same["n_train"] > a["n_train"]) & (same["checkpoint"] == same["epochs"])]
+    beside = [
+        f"{label_of(r['method'])} on {r['n_train']:,.0f}, {r['epochs']:,.0f} epochs: {_say_auc(r)}, "
+        f"utility {format_value(r['utility'])}"
+        for _, r in more.iterrows()
+    ]
+    return _describe("Does an encoder leak that is worth using?", main, rows, beside)
+
+
+def parts(rows: pd.DataFrame) -> str:
+    """Say whether an image's own parts are better probes of PartCrop than random vectors."""
+    rows = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "")]
+    if not (rows["method"] == "mae").any():
+        return ""
+    probe = rows["probes"].fillna("parts").where(rows["attack"] == "partcrop", "spread")
+    rows = rows.assign(probe=probe)[rows["attack"] != "token-spread-lr"]
+    probed = rows[rows["study"] == "probes"].sort_values("checkpoint", kind="stable")
+    room = probed[probed["method"] == "mae"].drop_duplicates("probe")  # the earliest, where the AUC has room
+    ends = {r["probe"]: _interval(r) for _, r in room.iterrows()}
+    few = {r["probe"]: _interval(r) for _, r in rows[rows["arch"].str.contains("patch4")].iterrows()}
+    apart = probed[probed["method"] == "simclr"].set_index("probe")["auc"].map(format_value)
+    text = say.versus(room, "probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
+    text = f"**Does PartCrop read parts?** {text} (MAE, {room['checkpoint'].iloc[0]:,.0f} epochs, trainings: "
+    text += f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. "
+    text += f"*Beside it*: token spread, *one* query, {ends['spread']}."
+    text += f" With 64 tokens: own parts {few['parts']}, random {few['random']}." if few else ""
+    return text + (f" SimCLR: {apart['parts']}, {apart['random']}." if len(apart) else "")
+
+
+def reference(rows: pd.DataFrame) -> str:
+    """Say what a reference model adds on the encoders that saw most images, per augmentation."""
+    rows = rows.query("study == 'grid' and checkpoint == epochs")
+    rows, said = rows[rows["n_train"] == rows["n_train"].max()], []
+    for trained, part in rows.groupby("augmentation", sort=False):
+        own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="last")
+        if len(own) == 2:
+            both = " and ".join(_interval(r) for _, r in own.iterrows())
+            said.append(f"{WORDS[trained]} {both}, utility {format_value(own['utility'].mean())}")
+    if not said:
+        return ""
+    how = f"{rows['n_train'].iloc[0]:,.0f} images, {rows['epochs'].iloc[0]:,.0f} epochs"
+    text = f"**What does a reference model find?** MIM attack on MAE ({how}), AUC with one and without: "
+    return f"{text}{'; '.join(said)}; no model {_say_blind(rows)}."
+
+
+def defenses(rows: pd.DataFrame) -> str:
+    """Say what defenses leave of leak and utility where there was utility to lose."""
+    rows, said = rows[rows["study"] == "valuable"], []
+    own = rows[(rows["control"] == "") & (rows["reference"].notna() | (rows["attack"] != "mim"))]
+    if own.empty:
+        return ""
+    for (attack, method), part in own.groupby(["attack", "method"], sort=False):
+        name = f"{label_of(method)}, {label_of(attack)}{' with a reference' if attack == 'mim' else ''}"
+        prices = [_say_price(r) for _, r in part.sort_values("auc", ascending=False).iterrows()]
+        said.append(f"{name} (untrained {format_value(part['utility_untrained'].mean())}): {'; '.join(prices)}.")
+    n = " to ".join(f"{count:.0f}" for count in sorted({own["n_seeds"].min(), own["n_seeds"].max()}))
+    text = f"**What protects a useful encoder?** AUC and utility, {own['n_train'].max():,.0f} images, trainings: {n}. "
+    return f"{text}{' '.join(said)} *Control*: no model {_say_blind(rows)}."
+
+
+def blind(rows: pd.DataFrame) -> str:
+    """Say how far an attacker comes who never asks the model, under released views and under one view for all."""
+    auc = rows[(rows["study"] == "baselines") & (rows["dataset"] == "cifar10")].set_index("protocol")["auc"]
+    if not {"released-view", "controlled"} <= set(auc.index):
+        return ""
+    flawed, clean = (format_value(auc[protocol]) for protocol in ("released-view", "controlled"))
+    return (
+        f"**How far without any model?** To AUC {flawed} when members come cropped and non-members whole, as in "
+        f"released code; *control*: {clean} with one view for all. *Not said*: that published attacks find nothing."
+    )
+
+
+def _undefended(rows: pd.DataFrame, *studies: str) -> pd.DataFrame:
+    """Rows of attackers who know some members, on targets without a defense."""
+    own = rows[rows["study"].isin(studies) & (rows["control"] == "") & (rows["defense"] == "none")]
+    return own[own["knowledge"] == "partial"]
+
+
+def _describe(question: str, main: pd.DataFrame, rows: pd.DataFrame, beside: list[str] = ()) -> str:
+    """Say the row of ``main`` with the highest AUC, the controls of the same attacker, and what stands beside it."""
+    a = main.loc[main["auc"].idxmax()]
+    facts = ["study", "attack", "target", "checkpoint", "knowledge", "decoder", "defense"]
+    same = rows[(rows[facts].fillna("") == a[facts].fillna("")).all(axis=1) & (rows["control"] != "")]
+    same = same[(same["control"] != "permuted") | ~same["attack"].isin(course.UNTRAINED)].drop_duplicates("control")
+    controls = ", ".join(f"{label_of(c['control'])} {format_value(c['auc'])}" for _, c in same.iterrows())
+    n = int(a["n_seeds"])
+    how = f"{a['n_train']:,.0f} images, {a['epochs']:,.0f} epochs, {n} training{'s' * (n > 1)}"
+    worth = f"utility {format_value(a['utility'])}, untrained {format_value(a['utility_untrained'])}"
+    return (
+        f"**{question}** {label_of(a['attack'])} on {label_of(a['method'])} ({how}): {_say_auc(a)}; TPR at 1 % FPR "
+        f"{format_value(a['tpr_at_1'])}. *Controls*: {controls}. *Beside it*: {'; '.join([worth, *beside])}."
+    )
+
+
+def _interval(row: Any) -> str:
+    return format_interval(row["auc"], row["auc_low"], row["auc_high"])
+
+
+def _say_auc(row: Any) -> str:
+    return f"AUC {_interval(row)}, {row['verdict']}"
+
+
+def _say_blind(rows: pd.DataFrame) -> str:
+    return format_value(rows.loc[rows["control"] == "no-model", "auc"].max())
+
+
+def _say_price(row: Any) -> str:
+    how = f"{label_of(row['defense'])} {row['strength']}".removesuffix(".0")
+    how = WORDS[row["augmentation"]].removesuffix(" and color") if row["defense"] == "none" else how
+    shown = "" if row["verdict"] == "shown" else f" ({row['verdict']})"
+    return f"{how} {format_value(row['auc'])}{shown}, {format_value(row['utility'])}"
