@@ -25,7 +25,7 @@ from IPython.utils.capture import capture_output
 from mia_utils import lab, page, paths, results
 from mia_utils.runner import artifacts, parameters, profiles
 
-SKIPPED = {"run", "checks"}  # what a replay does not execute
+SKIPPED = {"run"}  # what a replay does not execute
 NOTE = "<!-- written by ./run_all.sh replay; edit notebooks/{name}.ipynb instead -->\n\n"
 
 
@@ -50,7 +50,9 @@ def replay(profile: str) -> list[Path]:
 
 def _write_page(name: str, profile: str, docs: Path) -> Path:
     path, kept = parameters.find_notebooks()[name], read_outputs(profile).get(name, {})
-    given = parameters.merge_parameters(profiles.load(profile), name, parameters.read_parameters(path))
+    defaults = parameters.read_parameters(path)
+    given = parameters.merge_parameters(profiles.load(profile), name, defaults)
+    changed = [f"`{key} = {json.dumps(value)}`" for key, value in given.items() if value != defaults.get(key)]
     text = NOTE.format(name=name)
     for cell, output in execute(path, given, skip=SKIPPED):
         source = cell.source
@@ -59,6 +61,8 @@ def _write_page(name: str, profile: str, docs: Path) -> Path:
                 output = kept.get(_digest(source), "")
             output = output.replace("\n```\n\n```text\n", "\n")  # what was printed in two goes is one text
             source = f"```python\n{source}\n```" + (f"\n\n{output}" if output else "")
+            if "parameters" in cell.tags and changed:
+                source += f"\n\nThis page was made with {', '.join(changed)}."
         text += f"{source}\n\n"
     return paths.write_atomic(docs / f"{name}.md", text)
 
@@ -94,7 +98,7 @@ def execute(path: Path, given: dict[str, Any], *, skip: set[str]) -> list[tuple[
 def show_value(shell: InteractiveShell, value: Any) -> str:
     """Return the value of a cell's last line as Markdown."""
     if type(value) is pd.DataFrame:  # a subclass says itself how it is shown
-        return results.to_markdown(value)
+        return results.to_markdown(value if value.index.names == [None] else value.reset_index())
     return to_markdown(shell.display_formatter.format(value)[0])
 
 

@@ -134,9 +134,14 @@ def transfer(table: pd.DataFrame, row: str = "shadow_method", column: str = "met
     same = own[row] == own[column]
     if not same.any() or same.all():
         return best(table, by=row)
-    on, off = own.loc[same, "auc"].mean(), own.loc[~same, "auc"].mean()
-    verdict = "The attack transfers" if off > 0.5 + (on - 0.5) / 2 else "The attack does not transfer"
-    return f"{verdict}: mean AUC {format_value(on)} from its own kind of shadow, {format_value(off)} from others"
+    on, other = own.loc[same, "auc"].mean(), own[~same]
+    n_shown = (other["verdict"] == "shown").sum()
+    if 0 < n_shown < len(other):
+        ends = (format_value(other["auc"].agg(end)) for end in ("min", "max"))
+        return f"Transfer depends on the pair of methods: AUC {' to '.join(ends)} from another kind of shadow"
+    verdict = "The attack transfers" if n_shown else "The attack does not transfer"
+    off = format_value(other["auc"].mean())
+    return f"{verdict}: mean AUC {format_value(on)} from its own kind of shadow, {off} from others"
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,21 @@ def above(text: str, high: str, low: str) -> Expectation:
         one, other = (_average(attacks(table).query(query)) for query in (high, low))
         if pd.isna(one["auc"]) or pd.isna(other["auc"]):
             return _ABSENT
-        return _compare(one, other, f"AUC {_auc(one)} against {_auc(other)}")
+        ahead = _count_ahead(*(table.query(query) for query in (high, low)))
+        return _compare(one, other, f"AUC {_auc(one)} against {_auc(other)}{ahead}")
 
     return Expectation(text, judge)
+
+
+def _count_ahead(one: pd.DataFrame, other: pd.DataFrame) -> str:
+    """In how many trainings one is ahead, where both were measured on the same ones, once each."""
+    if "target" not in one:
+        return ""
+    pair = [t.loc[(t["control"] == "") & t["seed"].notna()].set_index(["target", "seed"])["auc"] for t in (one, other)]
+    if not all(len(p) and p.index.is_unique for p in pair) or set(pair[0].index) != set(pair[1].index):
+        return ""
+    ahead = pair[0] > pair[1].reindex(pair[0].index)
+    return f"; ahead in {ahead.sum()} of {len(ahead)} trainings"
 
 
 def all_shown(text: str, query: str = "") -> Expectation:

@@ -15,7 +15,7 @@ CELLS = [
     ("code", "", "import pandas as pd\n\nprint(profile, n)"),
     ("code", "", 'pd.DataFrame({"auc": [0.81234, None], "verdict": ["shown", "a"]})'),
     ("code", "figure", "from IPython.display import Markdown\n\nMarkdown('*Here:* met')"),
-    ("code", "checks", "1 / 0"),
+    ("code", "checks", "print('judged', n)"),
 ]
 
 
@@ -56,7 +56,8 @@ def read_page(home) -> str:
 def test_run_cells_are_skipped_and_their_outputs_shown(book, home):
     text = read_page(home)
     assert "import nothing_like_this" in text and "queried 64 images" in text and "a bar" not in text
-    assert "photos 2" in text and "1 / 0" in text  # the profile's parameters; checks are shown, not judged
+    assert 'This page was made with `profile = "photos"`.' in text
+    assert "photos 2" in text and "judged 2" in text  # the profile's parameters; checks of saved results are judged again
 
 
 def test_values_are_shown_as_in_a_notebook(book, home):
@@ -84,5 +85,6 @@ def test_an_edited_run_cell_loses_its_old_output(book, home):
 
 
 def test_a_failing_cell_is_named(book):
+    book.write_text(book.read_text().replace("print('judged', n)", "1 / 0"))
     with pytest.raises(RuntimeError, match=r"03_demo.ipynb: ZeroDivisionError.*in the cell '1 / 0'"):
         replay.execute(book, {}, skip={"run"})

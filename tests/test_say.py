@@ -39,7 +39,8 @@ NONE = make([dict(n_masks=n, auc=0.51, verdict="not shown") for n in (1, 64)])
         (say.shown(make([dict(auc=0.2, verdict="reversed")])), "PartCrop: no leak shown on MAE"),
         (say.grows(make([dict(checkpoint=5, auc=0.5, verdict="not shown"), dict(checkpoint=50, auc=0.9)])), "Leaks shown from 50 epochs on; AUC .90 at 50"),
         (say.grows(NONE, "n_masks", "masks", "MAE"), "MAE: no leak shown up to 64 masks: AUC .51"),
-        (say.transfer(make([dict(auc=0.9), dict(auc=0.13, method="simclr")])), "The attack does not transfer: mean AUC .90 from its own kind of shadow, .13 from others"),
+        (say.transfer(make([dict(auc=0.9), dict(auc=0.13, method="simclr", verdict="reversed")])), "The attack does not transfer: mean AUC .90 from its own kind of shadow, .13 from others"),
+        (say.transfer(make([dict(auc=0.9), dict(auc=0.8, method="simclr"), dict(auc=0.13, method="dino", verdict="reversed")])), "Transfer depends on the pair of methods: AUC .13 to .80 from another kind of shadow"),
         (say.shown(make([dict(auc=0.9), dict(auc=0.9, attack="partcrop-v2")])), "PartCrop and PartCrop-v2 find members of MAE"),
         (say.found(make([dict(auc=0.9, tpr_at_1=0.67), dict(auc=0.5, method="dino", tpr_at_1=0.01)])), "At 1 % FPR .67 of MAE's members are found, .01 of DINO's"),
         (say.found(make([dict(auc=0.9, tpr_at_1=None, tpr_at_10=0.8)])), "At 10 % FPR .80 of MAE's members are found"),
@@ -88,3 +89,17 @@ def test_what_was_expected_is_answered(expectation, table, word):
 def test_controls_and_single_seeds_are_never_the_subject():
     rows = make([dict(auc=0.6), dict(auc=0.99, control="no-model"), dict(auc=0.99, seed=1.0)])
     assert say.best(rows) == "PartCrop finds members: AUC .60" and len(say.attacks(rows)) == 1
+
+
+def test_where_both_were_measured_on_the_same_trainings_it_is_counted_who_is_ahead():
+    rows = [
+        dict(auc=auc, method=method, target="t", seed=seed)
+        for method, aucs in (("mae", (0.8, None, 0.81)), ("dino", (0.7, 0.9, 0.7)))
+        for seed, auc in enumerate(aucs)
+        if auc is not None
+    ]
+    rows += [dict(auc=0.8, method="mae", target="t"), dict(auc=0.77, method="dino", target="t")]
+    expected = say.above("parts ahead", "method == 'mae'", "method == 'dino'")
+    assert "trainings" not in expected.answer(make(rows))  # one of them was measured on two only
+    rows.append(dict(auc=0.6, method="mae", target="t", seed=1))
+    assert "AUC .80 against .77; ahead in 2 of 3 trainings" in expected.answer(make(rows))

@@ -25,6 +25,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.optimize import isotonic_regression
 
 from mia_utils.plots.style import CONTROLS, FULL, INK, STYLE, Drawn, color_of, draw_chance, finish, format_interval
 
@@ -129,6 +130,7 @@ def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None
     for (attack, control, method, line), rows in part.groupby(by, sort=False, dropna=False):
         color, rows = color_of(attack, control), rows.sort_values("x", kind="stable")
         dash = CONTROLS[control][3] if control in CONTROLS else _DASHES[lines.index(line) % len(_DASHES)]
+        color = color if control else _shade(color, lines.index(line), len(lines))
         for _, one in rows.groupby("seed"):
             ax.plot(one["x"], one["value"], color=color, linewidth=0.5, alpha=0.5)
         mean = rows[rows["seed"].isna()]
@@ -140,18 +142,26 @@ def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None
             named.append((*mean[["x", "value"]].iloc[-1], label_of(line)))
     named.sort()
     ends = _to_points(ax, [end[0] for end in named], [end[1] for end in named])[:, 1]
-    shifts = np.zeros(len(named))
-    for i in range(1, len(named)):  # neighbors keep clear of each other
-        if named[i][0] == named[i - 1][0]:
-            shifts[i] = max(ends[i - 1] + shifts[i - 1] + 8 - ends[i], 0)
-    for (x, y, name), shift in zip(named, shifts - (shifts.mean() if named else 0), strict=True):
-        at = dict(xytext=(5, shift), textcoords="offset points", va="center")
-        ax.annotate(name, (x, y), annotation_clip=False, fontsize=6.5, color=INK, **at)
+    at_x = np.array([end[0] for end in named])
+    for here in dict.fromkeys(at_x):  # names at one place keep clear of each other, as near to their lines as that goes
+        (own,) = np.nonzero(at_x == here)
+        apart = 8.0 * np.arange(len(own))
+        for i, place in zip(own, isotonic_regression(ends[own] - apart).x + apart, strict=True):
+            x, y, name = named[i]
+            at = dict(xytext=(5, place - ends[i]), textcoords="offset points", va="center")
+            ax.annotate(name, (x, y), annotation_clip=False, fontsize=6.5, color=INK, **at)
     ticks = sorted(set(part["x"].dropna()))
     if len(ticks) <= 9:
         ax.set_xticks(ticks, _drop_touching(ax, ticks))
         ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     ax.grid(True)
+
+
+def _shade(color: str, i: int, n: int) -> tuple[float, ...]:
+    """The i-th of n shades of a color, from light to dark; a single one is the color itself."""
+    toward, share = (1.0, 0.45 - 0.9 * i / max(n - 1, 1)) if 2 * i < n - 1 else (0.0, 0.9 * i / max(n - 1, 1) - 0.45)
+    share = share if n > 1 else 0.0
+    return tuple((1 - share) * part + share * toward for part in mpl.colors.to_rgb(color))
 
 
 def _to_points(ax: Axes, x: Any, y: Any) -> np.ndarray:
@@ -305,7 +315,7 @@ def _name_points(ax: Axes, rows: pd.DataFrame, color: Callable[[str], str]) -> N
             x0, x1 = (x + dx, x + dx + width) if dx > 0 else (x + dx - width, x + dx)
             y0, y1 = y + dy, y + dy + 6.5
             hits = sum(x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in taken if b != own)
-            places.append((hits + (x0 < left) + (x1 > right + 20), len(places), dx, dy, (x0, y0, x1, y1)))
+            places.append((hits + (x0 < left) + (x1 > right + 8), len(places), dx, dy, (x0, y0, x1, y1)))
         _, _, dx, dy, box = min(places)
         taken.append(box)
         ink = tuple(0.6 * part for part in mpl.colors.to_rgb(color(row.hue)))

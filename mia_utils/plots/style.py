@@ -161,7 +161,7 @@ class Drawn:
 @mpl.rc_context(STYLE)
 def finish(
     fig: Figure, table: pd.DataFrame, *, title: str | Callable, rows: pd.DataFrame | None = None, name: str = "",
-    paper: str = "", expect: Any = None, caption: str = "",
+    paper: str = "", expect: Any = None, caption: str = "", judged: pd.DataFrame | None = None,
 ) -> Drawn:  # fmt: skip
     """Set the title, write PNG and CSV where the figure has a name, and return what the notebook shows.
 
@@ -169,7 +169,7 @@ def finish(
     travel inside the PNG (text chunks), where the page reads them. Figures of profile ``smoke`` carry a watermark.
 
     Args:
-        table: the drawn numbers, which ``expect`` (of ``say``) judges.
+        table: the drawn numbers, which ``expect`` (of ``say``) judges, or ``judged`` where they are curves.
         title: the finding, or a rule of ``say`` that makes it from ``rows``, what was queried (None: ``table``).
         name: file stem; empty: nothing is written.
         paper: item of a paper that the figure regenerates, as ``paper: item``.
@@ -178,7 +178,7 @@ def finish(
     width = fig.get_size_inches()[0]
     lines = textwrap.wrap(title, int(width * TITLE_CHARS))
     fig.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9, fontweight="bold")
-    here = expect.answer(table) if expect is not None else ""
+    here = expect.answer(table if judged is None else judged) if expect is not None else ""
     texts = {"Title": title, "Paper": paper, "Caption": caption, "Here": here}
     if _book == "smoke":
         mark = dict(ha="center", va="center", rotation=18, color="#B00020", alpha=0.28, fontweight="bold", zorder=1000)

@@ -24,6 +24,6 @@ ANSWERS = {
     "03-3": (
         lambda answer, transfer: abs(answer - _measure_loss(transfer)) < 0.005,
         "Two means of transfer['auc'], one where method and shadow_method agree and one where they do not; subtract.",
-        {0.0: "the first row of the matrix (some members known) counted as off the diagonal"},
+        {0.0: "both means taken over the same cells"},
     ),
 }
