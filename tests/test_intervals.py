@@ -22,6 +22,7 @@ from mia_utils.protocol.intervals import Control
         ((0.70, 0.64, 0.76), Control(0.57, 0.52, 0.62), "shown"),  # not compared, but the intervals do not overlap
         ((0.60, 0.54, 0.66), Control(0.57, 0.52, 0.62), "not shown, not clear of the no-model control .57 [.52, .62]"),
         ((0.60, 0.54, 0.66), Control(0.43, 0.38, 0.48), "shown"),
+        ((0.56, 0.51, 0.61), Control(0.57, 0.499, 0.65), "not shown, not ahead of the no-model control .57 [.50, .65]"),
         ((0.98, 0.96, 1.00), Control(0.90, 0.85, 0.95, rejected=True), "invalid: no-model control .90 [.85, .95]"),
         ((0.50, 0.44, 0.56), Control(0.90, 0.85, 0.95, rejected=True), "invalid: no-model control .90 [.85, .95]"),
         ((0.56, 0.50, 0.62), None, "not shown"),

@@ -53,9 +53,9 @@ class Verdict(NamedTuple):
 def decide(auc: float, low: float, high: float, *, control: Control | None = None) -> Verdict:
     """Decide what an AUC in [0, 1] with its two-sided interval shows.
 
-    *invalid*: the no-model control is rejected, whatever the attack reaches. *shown*: the lower end is above 0.5 and,
-    where the control's own interval leaves 0.5, the attack stands clear of it. *reversed*: the upper end is below 0.5.
-    *not shown*: everything else.
+    *invalid*: the no-model control is rejected, whatever the attack reaches. *shown*: the lower end is above 0.5, the
+    attack is ahead of the control and, where the control's own interval leaves 0.5, stands clear of it. *reversed*: the
+    upper end is below 0.5. *not shown*: everything else.
     """
     if not 0 <= low <= auc <= high <= 1:
         raise ValueError(f"expected 0 <= low <= auc <= high <= 1, got low {low}, auc {auc}, high {high}")
@@ -67,6 +67,8 @@ def decide(auc: float, low: float, high: float, *, control: Control | None = Non
     if control is not None and leaves_half(control.low, control.high):
         if not (low > control.high if control.clear is None else control.clear):
             return Verdict("not shown", f"not clear of the {beside}")
+    if control is not None and auc <= control.auc:
+        return Verdict("not shown", f"not ahead of the {beside}")
     return Verdict("shown")
 
 
