@@ -159,9 +159,8 @@ def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None
 
 def _shade(color: str, i: int, n: int) -> tuple[float, ...]:
     """The i-th of n shades of a color, from light to dark; a single one is the color itself."""
-    toward, share = (1.0, 0.45 - 0.9 * i / max(n - 1, 1)) if 2 * i < n - 1 else (0.0, 0.9 * i / max(n - 1, 1) - 0.45)
-    share = share if n > 1 else 0.0
-    return tuple((1 - share) * part + share * toward for part in mpl.colors.to_rgb(color))
+    at = 0.9 * i / (n - 1) - 0.45 if n > 1 else 0.0
+    return tuple(part * (1 - at) if at > 0 else part - at * (1 - part) for part in mpl.colors.to_rgb(color))
 
 
 def _to_points(ax: Axes, x: Any, y: Any) -> np.ndarray:
