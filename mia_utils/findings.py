@@ -25,7 +25,7 @@ def say_all(results: pd.DataFrame) -> str:
 def most(rows: pd.DataFrame) -> str:
     """Say which main row has the highest AUC."""
     main = _undefended(rows, "main")
-    return _describe("What leaks most?", main, rows) if len(main) else ""
+    return _describe("What leaks most?", main.loc[main["auc"].idxmax()], rows) if len(main) else ""
 
 
 def useful(rows: pd.DataFrame) -> str:
@@ -43,7 +43,7 @@ def useful(rows: pd.DataFrame) -> str:
         f"utility {format_value(r['utility'])}"
         for _, r in more.iterrows()
     ]
-    return _describe("Does an encoder leak that is worth using?", main, rows, beside)
+    return _describe("Does an encoder leak that is worth using?", a, rows, beside)
 
 
 def parts(rows: pd.DataFrame) -> str:
@@ -115,9 +115,8 @@ def _undefended(rows: pd.DataFrame, *studies: str) -> pd.DataFrame:
     return own[own["knowledge"] == "partial"]
 
 
-def _describe(question: str, main: pd.DataFrame, rows: pd.DataFrame, beside: list[str] = ()) -> str:
-    """Say the row of ``main`` with the highest AUC, the controls of the same attacker, and what stands beside it."""
-    a = main.loc[main["auc"].idxmax()]
+def _describe(question: str, a: pd.Series, rows: pd.DataFrame, beside: list[str] = ()) -> str:
+    """Say a row, the controls of the same attacker on the same target, and what stands beside it."""
     facts = ["study", "attack", "target", "checkpoint", "knowledge", "decoder", "defense"]
     same = rows[(rows[facts].fillna("") == a[facts].fillna("")).all(axis=1) & (rows["control"] != "")]
     same = same[(same["control"] != "permuted") | ~same["attack"].isin(course.UNTRAINED)].drop_duplicates("control")
