@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 
 from mia_utils.plots.style import FULL, INK, MEMBER_COLOR, NONMEMBER_COLOR, STYLE, Drawn, finish, make_figure
 
@@ -83,10 +84,11 @@ def image_grid(
     if arrows:
         fig.get_layout_engine().set(wspace=0.55)
     look = dict(arrowstyle="-|>", mutation_scale=9, linewidth=1.0, color=INK)
-    for ax, word in zip(axes[0, 1:], arrows, strict=False):  # in the space on the left, which stays as it is
-        at = dict(xycoords="axes fraction", annotation_clip=False, in_layout=False)
-        ax.annotate("", (-0.04, 0.5), (-0.36, 0.5), arrowprops=look, **at)
-        ax.annotate(wrap(word, side * 8), (-0.2, 0.53), ha="center", fontsize=6.5, color=INK, **at)
+    for left, ax, word in zip(axes[0], axes[0, 1:], arrows, strict=False):
+        gap = lambda _, a=left.bbox, b=ax.bbox: Bbox.from_extents(a.x1, b.y0, b.x0, b.y1)  # noqa: E731
+        at = dict(xycoords=gap, annotation_clip=False, in_layout=False)
+        ax.annotate("", (0.88, 0.5), (0.12, 0.5), arrowprops=look, **at)
+        ax.annotate(wrap(word, side * 8), (0.5, 0.53), ha="center", fontsize=6.5, color=INK, **at)
     return finish(fig, pd.DataFrame(records), **named)
 
 

@@ -112,20 +112,19 @@ def sweep(
     for ax, part in panels:
         if ylim or chance == 0.5:  # first: names at the ends of lines keep clear of each other on this scale
             ax.set_ylim(ylim or _limits(data))
-        _draw_sweep(ax, part, log=log, chance=chance)
+        _draw_sweep(ax, part, list(dict.fromkeys(data.loc[data["control"] == "", "line"])), log=log, chance=chance)
         name_axes(ax, xlabel or str(x), ylabel)
     draw_legend(fig, data, marks="line", chance=None if chance is None else "chance")
     return finish(fig, data, rows=table, **named)
 
 
-def _draw_sweep(ax: Axes, part: pd.DataFrame, *, log: bool, chance: float | None) -> None:
+def _draw_sweep(ax: Axes, part: pd.DataFrame, lines: list[str], *, log: bool, chance: float | None) -> None:
     if log and (part["x"] <= 0).any():
         ax.set_xscale("symlog", linthresh=part.loc[part["x"] > 0, "x"].min(), linscale=0.5)
     elif log:
         ax.set_xscale("log")
     if chance is not None:
         draw_chance(ax, value=chance)
-    lines = list(dict.fromkeys(part.loc[part["control"] == "", "line"]))
     by, named = ["attack", "control", "method", "line"], []
     for (attack, control, method, line), rows in part.groupby(by, sort=False, dropna=False):
         color, rows = color_of(attack, control), rows.sort_values("x", kind="stable")
