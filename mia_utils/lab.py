@@ -24,6 +24,7 @@ from mia_utils.runner.profiles import Row
 if TYPE_CHECKING:
     from mia_utils.datasets import Pool
     from mia_utils.pretrain import Run
+    from mia_utils.protocol.intervals import Interval
     from mia_utils.protocol.result import Result
     from mia_utils.protocol.splits import Split
 
@@ -225,10 +226,17 @@ class Lab:
         return self._table
 
     def scores(self, row: Any) -> list[Result]:
-        """Return the scores behind a row of the table, one result a seed (its controls with it)."""
-        if not isinstance(row, dict | pd.Series) or "key" not in row:
+        """Return the scores behind a row of the table, or its key: one result a seed (its controls with it)."""
+        keys = row.get("key") if isinstance(row, dict | pd.Series) else row
+        if not isinstance(keys, str):
             raise ValueError(f"expected a row of lab.results, got {type(row).__name__}")
-        return [self.store.load(key) for key in str(row["key"]).split(";")]
+        return [self.store.load(key) for key in keys.split(";")]
+
+    def difference(self, row: Any, other: Any, **how: Any) -> Interval:
+        """How much higher the AUC of a row is than that of another on the same images (:func:`metrics.clear_of`)."""
+        from mia_utils.protocol import metrics
+
+        return metrics.clear_of(self.scores(row), self.scores(other), **how)
 
 
 def _find_nearest(row: Row, found: list[Row], *without: str | None) -> str:

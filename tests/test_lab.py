@@ -205,6 +205,16 @@ def test_a_wrong_setting_is_one_line(lab, given, said):
     assert "\n" not in str(error.value) and not list(paths.get_scores_dir("tiny").glob("partcrop*"))
 
 
+def test_a_difference_is_that_of_two_rows_on_the_same_images(lab):
+    lab.run("mim", "mae-target-s0", study="main", n_masks=[1, 2], controls=False)
+    few, more = (row for _, row in own(lab).sort_values("n_masks").iterrows())
+    got = lab.difference(more, few["key"])  # rows or their keys
+    assert got.value == pytest.approx(more["auc"] - few["auc"]) and got.low <= got.value <= got.high
+    assert lab.difference(few, few) == (0, 0, 0)
+    with pytest.raises(ValueError, match="expected a row of lab.results, got DataFrame"):
+        lab.difference(few, own(lab))
+
+
 def test_what_is_missing_is_one_line(lab):
     with pytest.raises(ValueError, match="has no model 'mae-target'; close: mae-target-s0"):
         lab.run("partcrop", "mae-target", study="main")
