@@ -30,7 +30,7 @@ def most(rows: pd.DataFrame) -> str:
 
 def useful(rows: pd.DataFrame) -> str:
     """Say what leaks most among the encoders that learned something; beside it the same recipe on more images."""
-    held = _undefended(rows, "main", "own", "valuable")
+    held = _undefended(rows, "main", "own")
     held = held[held["utility"] - held["utility_untrained"] >= USEFUL]
     main = held[held["study"] == "main"]
     if main.empty:
@@ -67,19 +67,21 @@ def parts(rows: pd.DataFrame) -> str:
 
 
 def reference(rows: pd.DataFrame) -> str:
-    """Say what a reference model adds on the encoders that saw most images, per augmentation."""
-    rows = rows.query("study == 'grid' and checkpoint == epochs")
-    rows, said = rows[rows["n_train"] == rows["n_train"].max()], []
-    for trained, part in rows.groupby("augmentation", sort=False):
-        own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="last")
-        if len(own) == 2:
-            both = " and ".join(_interval(r) for _, r in own.iterrows())
-            said.append(f"{WORDS[trained]} {both}, utility {format_value(own['utility'].mean())}")
+    """Say what a reference model adds at the end of each schedule, on the encoders that saw most images."""
+    rows, said = rows.query("study == 'grid' and checkpoint == epochs"), []
+    rows = rows[rows["n_train"] == rows.groupby("epochs")["n_train"].transform("max")]
+    for (epochs, n), trained in rows.groupby(["epochs", "n_train"]):
+        pairs = []
+        for how, part in trained.groupby("augmentation", sort=False):
+            own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="last")
+            if len(own) == 2:
+                numbers = [*map(_interval, own.to_dict("records")), format_value(own["utility"].mean())]
+                pairs.append(f"{WORDS[how]} {', '.join(numbers)}")
+        said += [f"{n:,.0f} images, {epochs:,.0f} epochs: {'; '.join(pairs)}."] if pairs else []
     if not said:
         return ""
-    how = f"{rows['n_train'].iloc[0]:,.0f} images, {rows['epochs'].iloc[0]:,.0f} epochs"
-    text = f"**What does a reference model find?** MIM attack on MAE ({how}), AUC with one and without: "
-    return f"{text}{'; '.join(said)}; no model {_say_blind(rows)}."
+    text = "**What does a reference model find?** MIM attack on MAE, AUC with one, without, and utility. "
+    return f"{text}{' '.join(said)} *Control*: no model {_say_blind(rows)}."
 
 
 def defenses(rows: pd.DataFrame) -> str:

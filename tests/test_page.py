@@ -186,12 +186,15 @@ def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
     assert findings.say_all(pd.DataFrame([plain])) == ""
     blind = plain | dict(control="no-model", auc=0.51)
     fewer = [r | dict(n_train=512, auc=0.1) for r in (plain, aided)]
-    said = findings.say_all(pd.DataFrame([plain, aided, blind, plain | dict(checkpoint=100, auc=0.1), *fewer]))
-    assert "(8,192 images, 250 epochs), AUC with one and without: whole images .80 [.75, .85] and .60 [.55" in said
-    assert "utility .40; no model .51." in said and ".10" not in said
+    longer = [r | dict(n_train=2048, epochs=1000, checkpoint=1000, utility=0.44) for r in (plain, aided)]
+    early = plain | dict(checkpoint=100, auc=0.1)
+    said = findings.say_all(pd.DataFrame([*longer, plain, aided, blind, early, *fewer]))
+    assert "utility. 8,192 images, 250 epochs: whole images .80 [.75, .85], .60 [.55, .65], .40. 2,048" in said
+    assert "2,048 images, 1,000 epochs: whole images .80 [.75, .85], .60 [.55, .65], .44. *Control*" in said
+    assert "no model .51." in said and ".10" not in said
     crops = [r | dict(augmentation="crop", auc=r["auc"] - 0.1) for r in (plain, aided)]
     said = findings.say_all(pd.DataFrame([plain, aided, *crops, blind]))
-    assert "and .60 [.55, .65], utility .40; strong crops .70 [.75, .85] and .50" in said
+    assert ".60 [.55, .65], .40; strong crops .70 [.75, .85], .50" in said
 
 
 def test_tables_of_docs_have_few_digits_and_no_stray_bars():
