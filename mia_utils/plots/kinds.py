@@ -108,11 +108,12 @@ def sweep(
     """
     data = prepare(table, value, x=x, panel=panel, line=line)
     data["x"] = data["x"].astype(float)
+    lines = list(dict.fromkeys(data.loc[data["control"] == "", "line"]))
     fig, panels = make_panels(data, height=2.3, sharey=chance is not None)
     for ax, part in panels:
         if ylim or chance == 0.5:  # first: names at the ends of lines keep clear of each other on this scale
             ax.set_ylim(ylim or _limits(data))
-        _draw_sweep(ax, part, list(dict.fromkeys(data.loc[data["control"] == "", "line"])), log=log, chance=chance)
+        _draw_sweep(ax, part, lines, log=log, chance=chance)
         name_axes(ax, xlabel or str(x), ylabel)
     draw_legend(fig, data, marks="line", chance=None if chance is None else "chance")
     return finish(fig, data, rows=table, **named)
