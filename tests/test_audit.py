@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from mia_utils import attacks, audit, datasets, paths
 from mia_utils.attacks import encodermi
@@ -89,6 +90,51 @@ def test_reversed_scores_are_inconclusive(encoder, pool, planted):
     assert report.p_value < 0.001 and report.exit_code == 5 and "lower" in report.verdict
 
 
+def test_reference_models_calibrate_and_one_that_saw_a_folder_is_caught(encoder, pool):
+    """Images differ in difficulty, for every model alike: only beside another model the leak stands out."""
+    other, spoiled = (encoders.make("vit_nano_patch8_32", seed=seed) for seed in (1, 2))
+    saw = {id(encoder): pool.images[:60], id(spoiled): pool.images[60:]}
+
+    def extract(model, images, *, image_ids, seed):
+        noise = [np.random.default_rng([int(image_id, 16), id(model) % 99]).normal() for image_id in image_ids]
+        hard = [20 * np.random.default_rng(int(image_id, 16)).normal() for image_id in image_ids]
+        known = np.isin(image_ids, battery.name_by_pixels(saw[id(model)]) if id(model) in saw else [])
+        return (1.5 * known + np.array(noise) - np.array(hard))[:, None]
+
+    halves, score = (pool.images[:60], pool.images[60:]), lambda features: features[:, 0]
+    attacks.register("planted", needs={"embed"}, queries=1, extract=extract, score=score, statistic=score)
+    try:
+        alone = audit.run(encoder, *halves, attack="planted")
+        assert alone.exit_code in (0, 5) and "no reference model" in str(alone)
+        report = audit.run(encoder, *halves, attack=["planted", "lpla"], reference_models=[other])
+        assert report.exit_code == 3 and report.best == "planted with reference", report
+        assert list(report.results) == ["planted", "planted with reference", "lpla"]
+        assert "reference model 1: untrained-vit_nano" in str(examine.plan(encoder, *halves, reference_models=[other]))
+        two = audit.run(encoder, *halves, attack="planted", reference_models=[other, other])
+        np.testing.assert_allclose(two.result.score, report.result.score)
+        caught = audit.run(encoder, *halves, attack="planted", reference_models=[spoiled])
+        assert caught.exit_code == 4 and caught.verdict.endswith("or a reference model saw one of them. A high score "
+                                                                 "says nothing about training.")  # fmt: skip
+    finally:
+        del attacks.ATTACKS["planted"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "attack", "message"),
+    [
+        ("itself", "lpla", "expected another encoder of the same recipe, got the model itself"),
+        ("segmenter", "lpla", "got a segmenter"),
+        ("other", "lpla", "no attack tried takes a reference model: lpla"),
+    ],
+)
+def test_a_reference_model_that_can_not_serve_is_one_line(encoder, pool, reference, attack, message):
+    made = {"itself": encoder, "other": encoders.make("vit_nano_patch8_32", seed=1)}
+    made["segmenter"] = segmenters.wrap(lambda x: x[:, :2], n_classes=2)
+    options = dict(attack=attack, reference_models=[made[reference]])
+    with pytest.raises(ValueError, match=message):
+        audit.run(encoder, pool.images[:60], pool.images[60:], **options)
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -143,6 +189,19 @@ def test_a_segmenter_that_hardly_works_is_flagged_and_nothing_found_is_no_verdic
     report = audit.run(broken, *sets, attack="seg-global-loss")
     assert report.exit_code == 5 and "mIoU" in report.verdict and "LOW mIoU" in str(report)
     assert "LOW mIoU" in report.to_html() and any("LOW" in note for note in report.to_dict()["notes"])
+
+
+def test_a_perfect_segmenter_of_many_classes_has_an_iou_of_one(pool):
+    masks, names = pool.images[..., 0] // 4, tuple(map(str, range(64)))
+    sets = [
+        datasets.Pool(name, pool.images[rows], np.zeros(60, int), pool.image_ids[rows], None, names, masks[rows])
+        for name, rows in (("mine", slice(0, 60)), ("other", slice(60, 120)))
+    ]
+    perfect = segmenters.wrap(
+        lambda x: F.one_hot((x[:, 0] * 255).round().long() // 4, 64).permute(0, 3, 1, 2).float(), n_classes=64
+    )
+    p = examine.plan(perfect, *sets, attack="seg-global-loss")
+    assert p.subject.facts["mIoU on the given masks"][0].startswith("1.00") and not p.doubt
 
 
 # ------------------------------------------------------------------------------------------------- one p-value
@@ -242,6 +301,29 @@ def test_file_facts_name_the_field_that_separates(pool, tmp_path):
     assert "EXIF" in gates.compare_files(files["a"], files["same"], level=0.01).found
     renamed = [path.rename(path.with_name(f"IMG_{path.name}")) for path in files["other"]]
     assert any("name pattern" in line for line in gates.compare_files(files["a"], renamed, level=0.01).details)
+
+
+def test_frames_of_a_video_count_once_among_the_files(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, n_coarse in (("a", 8), ("b", 4)):  # 8 of 12 videos against 4: p = .2, of single frames below .001
+        (tmp_path / name).mkdir()
+        for video, frame in np.ndindex(12, 6):
+            image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            image.save(tmp_path / name / f"{video:02d}-{frame}.jpg", quality=75 if video < n_coarse else 90)
+    model = encoders.wrap(lambda x: x.mean((2, 3)), size=32)
+    p = examine.plan(model, tmp_path / "a", tmp_path / "b", attack="encodermi-t", groups="prefix:..")
+    assert [[path.name for path in part[:2]] for part in p.files] == [["00-0.jpg", "01-0.jpg"]] * 2
+    assert gates.compare_files(*p.files, level=0.01).passed and len(p.files[0]) == 12
+    frames = [sorted((tmp_path / name).iterdir()) for name in "ab"]
+    assert not gates.compare_files(*frames, level=0.01).passed
+
+
+def test_images_of_8_px_have_no_low_frequencies_and_pass(pool):
+    images = np.stack([np.asarray(Image.fromarray(image).resize((8, 8))) for image in pool.images])
+    named = gates.describe_pixels(images)
+    assert "middle frequencies" in named and all(np.isfinite(x).all() for x in named.values())
+    side = np.arange(120) < 60
+    assert gates.compare_pixels(images, pool.image_ids, side, pool.image_ids, level=0.01, seed=0)[0].passed
 
 
 def test_copies_are_found_re_encoded_scaled_and_cropped(pool):
@@ -352,6 +434,25 @@ def test_the_command_line_reports_checks_and_fails_on_demand(encoder, pool, tmp_
         "from mia_utils import encoders\ndef make():\n    return encoders.wrap(lambda x: x.mean((2, 3)), size=32)\n"
     )
     assert cli.main([f"{tmp_path}/mine.py:make", mine, other, "--attack", "encodermi-t"]) == 5
+
+
+def test_a_model_that_fails_when_it_is_asked_is_one_line(pool, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from mia_utils import encoders\nservice = {'mean': lambda x: x.mean((2, 3))}\n"
+        "def make():\n    encoder = encoders.wrap(lambda x: service['mean'](x), size=32)\n"
+        "    service.clear()\n    return encoder\n"
+    )
+    mine, other = write(tmp_path / "a", pool.images[:12]), write(tmp_path / "b", pool.images[12:30])
+    assert cli.main([f"{tmp_path}/mine.py:make", mine, other, "--attack", "encodermi-t", "--set", "n_views=3"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: encodermi-t, n_views 3: the model failed: KeyError: 'mean'"
+    masks = np.zeros((60, 32, 32), np.uint8)
+    sets = [
+        datasets.Pool(name, pool.images[rows], np.zeros(60, int), pool.image_ids[rows], None, ("a", "b"), masks)
+        for name, rows in (("mine", slice(0, 60)), ("other", slice(60, 120)))
+    ]
+    with pytest.raises(ValueError, match="^tables: the model failed: IndexError: list index out of range$"):
+        audit.run(segmenters.wrap(lambda x: [][0], n_classes=2, name="tables"), *sets)
 
 
 def test_the_decoder_of_a_foreign_mae_is_attacked_too(pool, tmp_path):
@@ -473,6 +574,37 @@ def test_outputs_of_an_api_give_the_scores_of_the_model_itself(encoder, pool, tm
     with pytest.raises(ValueError, match="holds no outputs of a/000.png"):
         np.savez(tmp_path / "few.npz", names=names[names > "b"], features=np.ones((18 * 7, 2)))
         audit_outputs(tmp_path / "few.npz", mine, other)
+
+
+def test_views_of_two_folders_of_one_name_never_mix(pool, tmp_path, capsys):
+    one, two = write(tmp_path / "1" / "images", pool.images[:12]), write(tmp_path / "2" / "images", pool.images[12:30])
+    options = ["--out", tmp_path / "views", "--size", "32"]
+    assert cli.main(["views", one, *options, "--n", "1"]) == 0
+    for folder, *change in ((two, "--n", "1"), (one, "--n", "2"), (one, "--n", "1", "--seed", "1")):
+        capsys.readouterr()
+        assert cli.main(["views", folder, *options, *change]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and "give the folders different names" in error
+    assert cli.main(["views", one, *options, "--n", "1"]) == 0
+    assert cli.main(["views", one, "--out", one.parent, "--n", "1"]) == 2 and not (one / "views.json").exists()
+    np.savez(tmp_path / "features.npz", names=["images/000.png/whole.png"], features=np.ones((1, 2)))
+    with pytest.raises(ValueError, match="both folders are called 'images'"):
+        api.plan_outputs(tmp_path / "features.npz", one, two, size=32)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "long", "array", "number"])
+def test_damaged_outputs_are_one_line(tmp_path, damage):
+    path = tmp_path / ("outputs.csv" if damage == "long" else "outputs.npz")
+    np.savez(tmp_path / "outputs.npz", names=["a"] if damage != "number" else 7, features=np.ones((3, 2)))
+    if damage in ("empty", "truncated"):
+        path.write_bytes(path.read_bytes()[: 200 * (damage == "truncated")])
+    elif damage == "long":
+        path.write_text("a," + "1" * 200_000 + "\n")
+    elif damage == "array":
+        np.save(path.open("wb"), np.ones(3))
+    with pytest.raises(ValueError, match=r"^outputs\.(npz|csv)( can't be read|: expected one vector)") as error:
+        api.read_outputs(path)
+    assert "\n" not in str(error.value)
 
 
 def test_canaries_rank_the_published_twin_and_the_p_value_is_exact(pool, tmp_path):

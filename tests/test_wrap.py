@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mia_utils.models import encoders
+from mia_utils.models import encoders, wrapping
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -88,6 +88,43 @@ def test_a_function_without_a_module_has_no_control_and_says_what_is_assumed():
     assert encoder.facts.assumed == ["normalization: mean (0.0, 0.0, 0.0), std (1.0, 1.0, 1.0)"]
 
 
+def test_a_module_that_can_not_be_seen_takes_the_control_away(tmp_path, monkeypatch):
+    """Else the control keeps the trained backbone, and only the head is fresh."""
+    (tmp_path / "own_parts.py").write_text("from torch import nn\nhead = nn.Linear(6, 2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own_parts = pytest.importorskip("own_parts")
+    net, head = make_net("vector"), nn.Linear(6, 2)
+    service, parts, pair = SimpleNamespace(net=net.eval()), {"backbone": net}, [net]
+    for hidden in (
+        lambda x: head(service.net(x)), lambda x: head(parts["backbone"](x)), lambda x: head(pair[0](x)),
+        functools.partial(lambda parts, x: head(parts["backbone"](x)), parts), lambda x: own_parts.head(net(x)),
+    ):  # fmt: skip
+        encoder = encoders.wrap(hidden, size=32)
+        assert encoder.embed(IMAGES).shape == (4, 2) and encoders.make_untrained(encoder) is None
+
+
+def test_what_usual_closures_call_is_found():
+    net, head, mean, sizes = make_net("vector"), nn.Linear(6, 2), torch.zeros(1), {"side": (32, 32)}
+
+    @torch.inference_mode()
+    def encode(x, scale=2.0):
+        return net((x - mean) * scale)
+
+    def each(x):
+        return torch.cat([head(encode(part)) for part in x.split(1)])
+
+    for function, n in (
+        (lambda x: nn.functional.normalize(encode(nn.functional.interpolate(x, size=sizes["side"]))), 1),
+        (encode, 1), (lambda x, net=net: torch.relu(net(x)), 1), (functools.partial(lambda model, x: model(x), net), 1),
+        (each, 2),
+    ):  # fmt: skip
+        modules, complete = wrapping.find_modules(function)
+        assert len(modules) == n and {*modules} <= {net, head} and complete
+        encoder = encoders.wrap(function, size=32)
+        with torch.inference_mode():
+            assert not torch.allclose(encoders.make_untrained(encoder).embed(IMAGES), encoder.embed(IMAGES))
+
+
 @pytest.mark.parametrize("mode", ["map", "vector", "tuple", "dict", "transformers", "pooled"])
 def test_outputs_of_common_libraries_are_unpacked(mode):
     net = make_net(mode)
@@ -108,6 +145,7 @@ def test_outputs_of_common_libraries_are_unpacked(mode):
     [
         (lambda x: x.mean((2, 3)) + torch.rand(len(x), 3), "two calls on the same images differ: random masking"),
         (lambda x: nn.functional.dropout(x.flatten(1)), "two calls on the same images differ"),
+        (lambda x: x.mean((2, 3)) * float("nan"), "the output is not finite"),
         (lambda x: (x - x.mean(0)).flatten(1), "depends on the others of its batch"),
         (lambda x: x.mean(), "depends on the others of its batch|expected"),
         (make_net("text"), "expected a tensor, or an output with pooler_output.*got str"),

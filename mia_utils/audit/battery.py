@@ -8,6 +8,7 @@ trained anew every time: kernel ridge regression is linear in the labels, so 10,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from scipy.spatial.distance import pdist, squareform
 from torch.nn import functional as F
 
 from mia_utils import seeds
+from mia_utils.attacks.reference import calibrate
 from mia_utils.attacks.registry import find_missing, get_attack, get_parameters, split_params
 from mia_utils.models import views
 
@@ -40,28 +42,51 @@ def name_by_pixels(images: np.ndarray) -> list[str]:
     return [hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).hexdigest() for image in images]
 
 
+@contextlib.contextmanager
+def asking(name: str) -> Iterator[None]:
+    """Say in one line what a model raises in here; a plain ValueError, as this package raises, stays as it is."""
+    try:
+        yield
+    except Exception as error:  # theirs
+        if type(error) is ValueError:
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(f"{name}: the model failed: {type(error).__name__}: {said}") from error
+
+
 @dataclass(frozen=True)
 class Attempt:
-    """One attack as it is tried: the model it queries, and its parameters."""
+    """One attack as it is tried: the model it queries, its parameters, and the models that calibrate its scores."""
 
     attack: str
     model: Any = field(repr=False)
     params: dict[str, Any] = field(default_factory=dict)
+    references: Sequence[Any] = field(default=(), repr=False)
 
     @property
     def label(self) -> str:
         """For example ``"encodermi-t, augmentation crop"``."""
-        return ", ".join([self.attack, *(f"{key} {value}" for key, value in self.params.items() if key != "n_crops")])
+        parts = [self.attack, *(f"{key} {value}" for key, value in self.params.items() if key != "n_crops")]
+        return ", ".join(parts) + " with reference" * bool(self.references)
 
     def query(self, pool, seed: int) -> np.ndarray:
         """Query the model about all images: scores (N,), higher = more likely a member, or features (N, F) to fit."""
         attack = get_attack(self.attack)
         call, _ = split_params(attack, self.params)
         call |= {"masks": pool.masks} if "labels" in attack.needs else {}
-        x = attack.extract(self.model, pool.images, image_ids=name_by_pixels(pool.images), seed=seed, **call)
-        x = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-        if not np.isfinite(x).all():
-            raise ValueError(f"{self.label}: the model gave values that are not finite")
+        call |= {"image_ids": name_by_pixels(pool.images), "seed": seed}
+
+        def ask(model: Any) -> np.ndarray:
+            with asking(self.label):
+                x = attack.extract(model, pool.images, **call)
+            x = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+            if not np.isfinite(x).all():
+                raise ValueError(f"{self.label}: the model gave values that are not finite")
+            return x
+
+        x = ask(self.model)
+        if self.references:
+            return calibrate(attack.statistic(x), [attack.statistic(ask(one)) for one in self.references])
         return _arrange(self.attack, x) if attack.fitted else np.asarray(attack.score(x), np.float64)
 
 
@@ -78,17 +103,18 @@ def _arrange(name: str, x: np.ndarray) -> np.ndarray:
 
 def choose(
     model: Any, decoder: Any, pool, *, names: Sequence[str], augmentations: Sequence[str], settings: Mapping[str, Any],
-    n_units: int,
+    n_units: int, references: Sequence[tuple[Any, Any]] = (),
 ) -> tuple[list[Attempt], list[str]]:  # fmt: skip
     """Choose what is tried (``names``, else the battery), and say in lines what is not and why.
 
-    Each of ``settings`` goes to the attacks that take it; ``n_units``: independent units of the smaller side.
+    Each of ``settings`` goes to the attacks that take it; ``n_units``: independent units of the smaller side. What
+    trains no attacker is tried again, calibrated by ``references`` (model, decoder).
     """
-    skipped, made, used = [], [], set()
+    skipped, made, used, asked = [], [], set(), [(model, decoder), *references]
     wanted = names or (SEGMENTER if "posteriors" in getattr(model, "offers", ()) else ENCODER)
     for name in wanted:
         attack = get_attack(name)
-        queried = decoder if "reconstruct" in attack.needs and decoder is not None else model
+        queried, *others = [d if "reconstruct" in attack.needs and d is not None else m for m, d in asked]
         reason = ""
         if missing := find_missing(attack, queried):
             reason = f"needs {', '.join(sorted(missing))}, which the model lacks"
@@ -107,9 +133,16 @@ def choose(
         if name == "partcrop" and not names:
             takes.setdefault("n_crops", CROPS)
         swept = augmentations if "augmentation" in own and "augmentation" not in takes else ()
-        made += [Attempt(name, queried, takes | {"augmentation": a}) for a in swept] or [Attempt(name, queried, takes)]
+        ways = [takes | {"augmentation": a} for a in swept] or [takes]
+        made += [Attempt(name, queried, way) for way in ways]
+        if attack.statistic and not any(find_missing(attack, other) for other in others):
+            made += [Attempt(name, queried, way, others) for way in ways if others]
     if unknown := sorted(set(settings) - used):
         raise ValueError(f"none of {', '.join(wanted)} takes a parameter {unknown[0]!r}")
+    if not references:
+        skipped.append("calibration: no reference model (same recipe, trained on neither folder) was given")
+    elif not any(attempt.references for attempt in made):
+        raise ValueError(f"no attack tried takes a reference model: {', '.join(wanted)}")
     if not made:
         raise ValueError(f"no attack fits this model: {'; '.join(skipped)}")
     return made, skipped

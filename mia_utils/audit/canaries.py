@@ -15,7 +15,7 @@ from PIL import Image
 
 from mia_utils import datasets, seeds
 from mia_utils.attacks import encodermi
-from mia_utils.audit import examine
+from mia_utils.audit import battery, examine
 
 CELLS, STRENGTH = 4, 24  # of the smooth random pattern that tells twins apart: cells a side, gray levels
 
@@ -86,6 +86,10 @@ def rank(score: Callable[[np.ndarray], np.ndarray], folder: str | Path, *, seed:
 def score_twins(model: str | Path, **options) -> Callable[[np.ndarray], np.ndarray]:
     """EncoderMI-T of a model as :func:`rank` takes it; all twins of an image get the same views."""
     encoder = examine.open_subject(model, task="encoder").model
-    return lambda images: encodermi.score_threshold(
-        encodermi.extract_features(encoder, images, image_ids=["twin"] * len(images), **options)
-    )
+
+    def score(images: np.ndarray) -> np.ndarray:
+        with battery.asking(str(model)):
+            features = encodermi.extract_features(encoder, images, image_ids=["twin"] * len(images), **options)
+        return encodermi.score_threshold(features)
+
+    return score

@@ -81,6 +81,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": dict(help="cpu, cuda, cuda:1 (default: a GPU where there is one)"),
     "--attack": dict(type=to_names, default=[], metavar="NAMES", help="auto (all that fit), or names"),
     "--augmentation": dict(type=to_names, default=[], metavar="NAMES", help="of the queries: auto, or names"),
+    "--reference-model": dict(
+        dest="reference_models", action="append", default=[], metavar="MODEL",
+        help="of the same recipe and age, trained on neither folder: calibrates scores (may be repeated)",
+    ),
     "--set": PAIRS | dict(dest="settings", help="parameters of attacks: n_views=20"),
     "--groups": dict(metavar="RULE", help="what belongs together (video, patient): subfolder or prefix:REGEX"),
     "--level": dict(
@@ -105,7 +109,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 REPORTED = "--groups --level --seed --out --json --fail-on"
 COMMANDS = {
     "": "model suspected reference --task --arch --arch-args --mean --std --weights --pooling --size --void --device "
-    f"--attack --augmentation --set --budget --check {REPORTED}",
+    f"--attack --augmentation --reference-model --set --budget --check {REPORTED}",
     "views": "folder --out --size --n --augmentation --seed",
     "outputs": f"features suspected reference --size {REPORTED}",
     "canaries make": "folder --out -k --seed",

@@ -117,6 +117,10 @@ def _holds_segmenter(path: Path) -> bool:
     return path.suffix == ".safetensors" and path.is_file() and "n_classes" in read_safetensors(path)[1]
 
 
+def _name(model: Any) -> str:
+    return str(getattr(model, "name", type(model).__name__))
+
+
 def _call(path: Path, name: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no Python file {path}")
@@ -208,7 +212,7 @@ class Plan:
         lines = [f"{fact}: {value} ({source})" for fact, (value, source) in facts.items()]
         lines.append(f"images: {m} suspected ({self.names[0]}), {len(self.is_member) - m} reference ({self.names[1]})")
         lines += [f"not tried: {line}" for line in self.not_tried] + self.notes
-        return "\n".join([*lines, f"would take {self.estimate}"])
+        return "\n".join([*lines, f"would take {self.estimate}"] if self.seconds else lines)
 
 
 def format_time(seconds: float) -> str:
@@ -220,13 +224,21 @@ def plan(
     model: Any, suspected: Source, reference: Source, *, attack: Sequence[str] | str = (),
     augmentation: Sequence[str] = (), settings: Mapping[str, Any] | None = None, groups: str | None = None,
     size: int | tuple[int, int] | None = None, void: int | None = None, budget: float | None = None,
-    measure: bool = False, task: str = "auto", device: str | None = None, **options: Any,
+    measure: bool = False, task: str = "auto", device: str | None = None, reference_models: Sequence[Any] = (),
+    **options: Any,
 ) -> Plan:  # fmt: skip
     """Open everything and choose what is tried; arguments as in :func:`run`, ``measure``: time it on a few images."""
     names = [attack] if isinstance(attack, str) else list(attack)
     for name in names:
         get_attack(name)
     subject = open_subject(model, task=task, device=device, **options)
+    references = [open_subject(one, task=subject.task, device=device, **options) for one in reference_models]
+    for i, one in enumerate(references, 1):
+        weights = fingerprint(one.model)
+        if one.task != subject.task or (weights and weights == fingerprint(subject.model)):
+            what = "the model itself" if one.task == subject.task else f"a {one.task}"
+            raise ValueError(f"reference model {i}: expected another {subject.task} of the same recipe, got {what}")
+        subject.facts[f"reference model {i}"] = (f"{_name(one.model)}, weights {weights or 'unknown'}", "given")
     shape = (size, size) if isinstance(size, int) else size
     shape = shape or (getattr(subject.model, "shape", None) if subject.task == "encoder" else None)
     sets = {"suspected": suspected, "reference": reference}
@@ -239,6 +251,9 @@ def plan(
     across = [(at[i], at[j]) for i, j in across if i in at and j in at]
     p = Plan(subject, pool.take(keep), is_member[keep], (mine.name, other.name), [], across, len(drop))
     p.files = [files, other_files] if files and other_files else []
+    if p.files and pool.groups is not None:  # what the files of a group share counts once; nothing was dropped
+        firsts = [np.unique(p.units[p.is_member == side], return_index=True)[1] for side in (True, False)]
+        p.files = [[part[i] for i in first] for part, first in zip(p.files, firsts, strict=True)]
     if len(drop) > gates.RARE_SHARE * len(pool):
         line = f"{len(drop)} images are near-duplicates within their folder and count once"
         p.notes.append(f"{line}: of video or bursts give groups (--groups subfolder or prefix:REGEX)")
@@ -252,6 +267,7 @@ def plan(
     # a named attack is tried as it is, with its own default
     ways = battery.order_augmentations(subject.augmentation, augmentation) if augmentation or not names else []
     chosen = dict(names=names, augmentations=ways, settings=dict(settings or {}), n_units=min(counts))
+    chosen["references"] = [(one.model, one.decoder) for one in references]
     p.attempts, p.not_tried = battery.choose(subject.model, subject.decoder, p.pool, **chosen)
     if measure or budget:
         p.seconds = [battery.measure_seconds(attempt, p.pool) for attempt in p.attempts]
@@ -267,11 +283,12 @@ def _check_segmenter(p: Plan, n: int = 64) -> None:
     m, n_classes = p.subject.model, p.subject.model.n_classes
     counts = np.zeros((n_classes, n_classes))
     for i in np.unique(np.linspace(0, len(p.pool) - 1, n).astype(int)):
-        with torch.inference_mode():
+        with battery.asking(_name(m)), torch.inference_mode():
             seen = m.posteriors(datasets.to_float(p.pool.images[i : i + 1])).argmax(1).cpu().numpy()
         truth = p.pool.masks[i : i + 1]
         known = (truth != VOID) & (truth < n_classes)
-        counts += np.bincount(truth[known] * n_classes + seen[known], minlength=n_classes**2).reshape(counts.shape)
+        pairs_seen = truth[known].astype(int) * n_classes + seen[known]  # uint8 would wrap
+        counts += np.bincount(pairs_seen, minlength=n_classes**2).reshape(counts.shape)
     union = counts.sum(0) + counts.sum(1) - counts.diagonal()
     miou = float((counts.diagonal()[union > 0] / union[union > 0]).mean())
     constant = counts.sum(1).max() / max(counts.sum(), 1) / max((counts.sum(1) > 0).sum(), 1)
@@ -294,7 +311,8 @@ def run(
         untrained: the architecture with fresh weights, queried only where an attack finds something, since it can only
             take a finding back; ``"auto"``: made where it is known how.
         level, seed, options: as on the command line: ``attack, augmentation, settings, groups, size, void, budget,
-            device``, and those of ``encoders.open``. Bad input is one line (ValueError, FileNotFoundError).
+            device, reference_models`` (a list), and those of ``encoders.open``. Bad input is one line (ValueError,
+            FileNotFoundError).
     """
     if not 0 < level < 1:
         raise ValueError(f"expected level in (0, 1), got {level}")
@@ -314,7 +332,7 @@ def conclude(
         pool.images, pool.image_ids, is_member, p.units, level=level, seed=seed
     )
     report = Report(
-        str(getattr(p.subject.model, "name", type(p.subject.model).__name__)), *p.names, p.subject.task, is_member,
+        _name(p.subject.model), *p.names, p.subject.task, is_member,
         pool.image_ids, [*found, pixels], control, no_model, level, facts=p.subject.facts, not_tried=p.not_tried,
         notes=p.notes, doubt=p.doubt, n_dropped=p.n_dropped,
     )  # fmt: skip

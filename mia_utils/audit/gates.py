@@ -155,7 +155,9 @@ def describe_pixels(images: np.ndarray) -> dict[str, np.ndarray]:
             "8 x 8 blockiness": _measure_blocks(gray),
         }  # fmt: skip
         bands = ((0, 0.1, "low"), (0.1, 0.25, "middle"), (0.25, 1, "high"))
-        one |= {f"{name} frequencies": power[:, (radius > a) & (radius <= b)].mean(axis=1) for a, b, name in bands}
+        for a, b, name in bands:
+            if (band := (radius > a) & (radius <= b)).any():  # below 10 px none is low
+                one[f"{name} frequencies"] = power[:, band].mean(axis=1)
         parts.append(one)
     return {key: np.concatenate([part[key] for part in parts]).astype(np.float64) for key in parts[0]}
 

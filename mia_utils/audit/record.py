@@ -109,7 +109,8 @@ class Report:
         if not failed and self.untrained and self.untrained[2] <= self.level:
             label, auc, p = self.untrained
             said = f"{label}: AUC {format_value(auc)}, p = {p:.2g}"
-            return f"an untrained model tells the two sets apart as well ({said})"
+            saw = ", or a reference model saw one of them" * label.endswith("reference")
+            return f"an untrained model tells the two sets apart as well ({said}){saw}"
         return "; ".join(failed)
 
     @property

@@ -163,7 +163,8 @@ def make(arch: str, *, method: str | None = None, seed: int = 0) -> Encoder:
 def make_untrained(encoder: Encoder, *, seed: int = 0) -> Encoder | None:
     """Make the control of any encoder: the same architecture, size, normalization and pooling, fresh weights.
 
-    Of a wrapped module a copy is re-initialized, the module stays as it is. None where a function holds no module.
+    Of a wrapped module a copy is re-initialized, the module stays as it is. None where a function holds no module, or
+    an object (a dict, a service) that may hide another: what stays trained is no control.
     """
     if encoder.module is None:
         return encoder._remake(seed) if encoder._remake else None
@@ -201,7 +202,7 @@ def wrap(
     for what, function in given.items():
         if not callable(function):
             raise ValueError(f"expected {what}= callable on normalized images, got {type(function).__name__}")
-    modules, shape = wrapping.find_modules(*given.values()), to_shape(size)
+    (modules, complete), shape = wrapping.find_modules(*given.values()), to_shape(size)
     for function in given.values():
         answer = wrapping.check_outputs(function, modules, shape, name)
         if tokens is None and getattr(answer, "last_hidden_state", None) is not None:
@@ -229,7 +230,7 @@ def wrap(
     def remake(seed: int) -> Encoder:
         return build([wrapping.reinitialize(module, seed=seed) for module in modules], name=f"untrained-{name}")
 
-    return build(modules, name=name, facts=facts, remake=remake if modules else None)
+    return build(modules, name=name, facts=facts, remake=remake if modules and complete else None)
 
 
 # ---------------------------------------------------------------------------------------------- weights on disk

@@ -7,29 +7,59 @@ import copy
 import functools
 import inspect
 import math
+import numbers
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+_INSTALLED = ("<frozen", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+_LEAVES = (type(None), type, numbers.Number, str, bytes, Tensor, np.ndarray, np.generic, np.ufunc)
+_LEAVES += (torch.dtype, torch.device)
 
-def find_modules(*functions: Callable) -> list[nn.Module]:
-    """Modules that a callable uses: itself, the owner of a bound method, what a function refers to."""
-    found: dict[int, nn.Module] = {}
-    for function in functions:
-        while isinstance(function, functools.partial):
-            function = function.func
-        owner, plain = getattr(function, "__self__", None), getattr(function, "__func__", function)
-        values = [function, owner, *getattr(owner, "__dict__", {}).values()]
-        if inspect.isfunction(plain):
-            seen = inspect.getclosurevars(plain)
-            values += [*seen.nonlocals.values(), *seen.globals.values()]
+
+def find_modules(*functions: Callable) -> tuple[list[nn.Module], bool]:
+    """Modules that callables use, and whether these are all: a dict or an object of another kind may hide more.
+
+    Looked at: the callable, the owner of a method, arguments of a partial, and what its own file's functions refer to.
+    """
+    left, found, seen, complete = list(functions), {}, set(), True
+    home = {getattr(getattr(value, "func", value), "__module__", None) for value in functions}
+    for value in left:  # grows, and keeps alive whose id is noted
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+        elif isinstance(value, functools.partial):
+            left += [value.func, *value.args, *value.keywords.values()]
+        elif inspect.ismethod(value):
+            owner = value.__self__
+            parts = [owner] if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values()
+            left += [value.__func__, *parts]
+        elif inspect.isfunction(value):
+            left += [*vars(value).values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            if value.__module__ in home:
+                named = inspect.getclosurevars(value)
+                left += [*named.nonlocals.values(), *named.globals.values()]
+        elif any(value is function for function in functions):
+            left.append(value.__call__)
         else:
-            values += getattr(function, "__dict__", {}).values()
-        found |= {id(value): value for value in values if isinstance(value, nn.Module)}
+            complete &= inspect.isbuiltin(value) or _is_plain(value)
     inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
-    return [module for key, module in found.items() if key not in inner]
+    return [module for key, module in found.items() if key not in inner], complete
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing trained is in a value: numbers, texts, arrays, types, installed modules, containers of them."""
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    if inspect.ismodule(value):
+        return getattr(value, "__file__", _INSTALLED[0]).startswith(_INSTALLED)
+    return isinstance(value, _LEAVES) and not isinstance(value, nn.Parameter)
 
 
 @contextlib.contextmanager
@@ -83,6 +113,8 @@ def check_outputs(function: Callable, modules: Sequence[nn.Module], shape: tuple
     with torch.inference_mode(), evaluating(modules, modules), torch.random.fork_rng():
         answers = [function(x[:rows]) for rows in (2, 2, 1)]
     first, again, alone = (unpack_tensor(answer, (*_VECTORS, *_TOKENS)) for answer in answers)
+    if not first.isfinite().all():
+        raise ValueError(f"{name}: the output is not finite (NaN or infinity): check the weights and the normalization")
     off = 0.02 * (float(first.float().abs().max()) or 1.0)  # half precision and other kernels stay far below
 
     def agree(a: Tensor, b: Tensor) -> bool:
