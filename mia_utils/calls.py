@@ -83,7 +83,8 @@ class Call:
         spec |= dict(protocol=self.protocol, epoch=self.checkpoint, known_share=who.share)
         spec |= dict(n_nonmembers=self.n_nonmembers, params=self.params)
         spec |= {"reference": who.reference} if who.reference is not None else {}
-        spec |= {"reference_epoch": who.reference_checkpoint} if who.reference and who.reference_checkpoint else {}
+        aged = who.reference and who.reference_checkpoint is not None
+        spec |= {"reference_epoch": who.reference_checkpoint} if aged else {}
         spec |= {"decoder": who.decoder} if who.decoder != "own" else {}
         spec |= {"decoder_epochs": who.decoder_epochs} if who.decoder != "own" and who.decoder_epochs != 200 else {}
         spec |= {"shadow_epoch": self.shadow_checkpoint} if self.shadow_checkpoint is not None else {}
@@ -114,8 +115,9 @@ def resolve(
     if static and target.defense is None and row.defense == "none":
         raise ValueError("attacker 'static' goes with a defense: name one, or attack a defended model")
     knowledge, shadow = str(attacker.knowledge), attacker.shadow
-    if row.id in _as_names(attacker.reference):
-        raise ValueError(f"{row.id} can not be its own reference: name a model of other members")
+    for name in _as_names(attacker.reference):
+        if lab.profile.row(name).role == "target":
+            raise ValueError(f"expected a reference model that never saw these images, got {name}, a target")
     if shadow is not None or knowledge.startswith("shadow"):
         shadow = shadow or lab.shadow_of(target.id)
         if shadow is None:
@@ -152,6 +154,10 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
         elif other.hash != split_hash:
             raise ValueError(f"{call.shadow} was trained on another split than {row.id}: train both again")
 
+    for name in _as_names(call.attacker.reference):
+        if lab.profile.row(name).dataset != row.dataset or lab.split(name).hash != split_hash:
+            raise ValueError(f"{name} belongs to another split than {row.id} and may have seen its images")
+
     def query(model_id: str | None, epoch: int | None, stream: int | None = None) -> Any:
         model = _get_model(lab, call, model_id, epoch) if model_id else None
         return model if model is None or stream is None else defend(model, call.target, seed=stream)
@@ -183,6 +189,7 @@ def describe(lab: Lab, call: Call) -> dict[str, Any]:
         subsample=call.n_nonmembers, shadow=results.drop_seed(call.shadow, row.seed),
         shadow_method=other and other.method, shadow_dataset=other and other.dataset,
         shadow_checkpoint=call.shadow_checkpoint, known_share=who.share, decoder=who.decoder,
+        decoder_epochs=who.decoder_epochs if who.decoder != "own" and who.decoder_epochs != 200 else None,
         reference=", ".join(references) or None, train_seconds=run.seconds,
         reference_checkpoint=who.reference_checkpoint if references else None,
         calibration="log-ratio" if isinstance(who.reference, list | tuple) else None,

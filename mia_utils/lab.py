@@ -232,11 +232,14 @@ class Lab:
             raise ValueError(f"expected a row of lab.results, got {type(row).__name__}")
         return [self.store.load(key) for key in keys.split(";")]
 
-    def difference(self, row: Any, other: Any, **how: Any) -> Interval:
+    def difference(self, row: Any, other: Any, n_bootstrap: int = 200) -> Interval:
         """How much higher the AUC of a row is than that of another on the same images (:func:`metrics.clear_of`)."""
         from mia_utils.protocol import metrics
 
-        return metrics.clear_of(self.scores(row), self.scores(other), **how)
+        mine, theirs = self.scores(row), self.scores(other)
+        if any(a.image_ids.tolist() != b.image_ids.tolist() for a, b in zip(mine, theirs, strict=False)):
+            raise ValueError("expected two rows on the same images, got different ones")
+        return metrics.clear_of(mine, theirs, n_bootstrap=n_bootstrap)
 
 
 def _find_nearest(row: Row, found: list[Row], *without: str | None) -> str:

@@ -111,10 +111,12 @@ def tabulate(
             whole |= merge(keys, own[0]["control"]) | {"key": ";".join(keys), "n_seeds": len(own), "seed": None}
             table.append(whole | {"rejected": any(row["rejected"] for row in own)})
         table += own
-    cells = {*same, "seed"} - {"control"}
+    cells = {*same, "seed"} - {"control"}  # else what a no-model row depends on: images, and what is known of them
+    depends = {"split", "subsample", "protocol", "knowledge", "shadow_dataset", "known_share", "n_seeds"}
     blind = {_place(row, cells): row for row in table if row["control"] == "no-model"}
+    like = {_place(row, depends): row for row in table if row["control"] == "no-model"}
     for row in table:
-        beside = None if row["control"] else blind.get(_place(row, cells))
+        beside = None if row["control"] else blind.get(_place(row, cells)) or like.get(_place(row, depends))
         if beside is not None:
             ends = (beside[name] for name in ("auc", "auc_low", "auc_high"))
             beside = intervals.Control(*ends, row["rejected"], row.get("clear"))
@@ -255,8 +257,8 @@ class Store:
             raise ValueError(f"no readable scores {key} ({told}): run its notebook again") from None
 
     def merge(self, keys: list[str], control: str) -> dict[str, Any]:
-        """Return the numbers of several seeds together; computed once, then kept."""
-        name = _name_merged(keys, control)
+        """Return the numbers of several seeds together; computed once, then kept for these very rows."""
+        name = self._name_merged(keys, control)
         if (kept := self._open_archive()[1]["merged"].get(name)) is not None:
             return kept
         path = self.folder / f"merged-{name}.json"
@@ -268,6 +270,9 @@ class Store:
         digest = _digest(f"{name} {json.dumps(numbers)}".encode())
         paths.write_atomic(path, json.dumps({"digest": digest, "numbers": numbers}))
         return numbers
+
+    def _name_merged(self, keys: list[str], control: str) -> str:
+        return _digest(json.dumps([keys, control, *map(self.read_rows, keys)], sort_keys=True).encode())
 
     def save(self, key: str, result: Result, rows: list[dict[str, Any]]) -> None:
         """Keep an evaluation, whole or not at all."""
@@ -319,7 +324,7 @@ class Store:
             index["studies"].setdefault(study, {}).setdefault(attack, []).append(key)
 
         def merge(keys: list[str], control: str) -> dict[str, Any]:
-            return index["merged"].setdefault(_name_merged(keys, control), self.merge(keys, control))
+            return index["merged"].setdefault(self._name_merged(keys, control), self.merge(keys, control))
 
         table = tabulate([row for own in index["rows"].values() for row in own], studies, merge)
         arrays["index"] = np.array(json.dumps(index, sort_keys=True))
@@ -359,7 +364,3 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _name_study(study: str, attack: str) -> str:
     return f"study-{study}-{attack}.json"
-
-
-def _name_merged(keys: list[str], control: str) -> str:
-    return _digest(" ".join([*keys, control]).encode())

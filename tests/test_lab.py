@@ -1,5 +1,6 @@
 """The lab: evaluations are computed once, found again, redone when what they rest on changed, and make one table."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -8,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from mia_utils import calls, paths
 from mia_utils import lab as labs
-from mia_utils import paths
 from mia_utils.attacks import mim
 from mia_utils.runner import artifacts
 
@@ -186,7 +187,7 @@ def test_target_and_shadow_share_the_split_and_nothing_else(lab):
         (dict(checkpoint=True), "checkpoint to be a whole number of at least 0, got True"),
         (dict(checkpoint=99), "no checkpoint of epoch 99"),
         (dict(shadow="mae-target-s0"), "expected a model with role shadow as shadow, got mae-target-s0, a target"),
-        (dict(reference="mae-target-s0"), "mae-target-s0 can not be its own reference"),
+        (dict(reference="mae-target-s0"), "reference model that never saw these images, got mae-target-s0"),
         (dict(knowledge=None), "expected knowledge 'partial'"),
         (dict(n_crops=0), "expected n_crops like 128 .at least 1., got 0"),
         (dict(n_crops=2.5), "expected n_crops like 128 .at least 1., got 2.5"),
@@ -301,6 +302,30 @@ def test_the_committed_results_of_photos_are_one_table():
     assert (table["auc_low"] <= table["auc"]).all() and (table["auc"] <= table["auc_high"]).all()
     merged = table.query("study == 'main' and attack == 'partcrop' and target == 'mae-crop-target' and control == ''")
     assert merged["n_seeds"].tolist()[0] == 3 and len(merged) == 4  # the seeds stand below, under one row
+
+
+def test_the_epoch_of_a_reference_is_part_of_the_key_and_its_split_is_that_of_the_target(lab, monkeypatch):
+    target, who = calls.Target("mae-target-s0"), calls.Attacker(reference=["mae-shadow-s0"])
+    keys = []
+    for epoch in (None, 0, 2):
+        aged = dataclasses.replace(who, reference_checkpoint=epoch)
+        keys.append(str(calls.resolve(lab, "mim", target, aged, protocol="controlled", checkpoint=None).identity))
+    assert len(set(keys)) == 3
+    found, split = calls.resolve(lab, "mim", target, who, protocol="controlled", checkpoint=None), lab.split
+    other = dataclasses.replace(split("mae-shadow-s0"), seed=99)
+    monkeypatch.setattr(lab, "split", lambda name: other if name == "mae-shadow-s0" else split(name))
+    with pytest.raises(ValueError, match="mae-shadow-s0 belongs to another split than mae-target-s0"):
+        calls.evaluate(lab, found, controls=False)
+
+
+def test_a_difference_is_of_the_same_images(lab, monkeypatch):
+    lab.run("token-spread", "mae-target-s0", study="main", controls=False)
+    first = score(lab)
+    other = dataclasses.replace(first, image_ids=np.array([f"another {name}" for name in first.image_ids]))
+    monkeypatch.setattr(lab, "scores", lambda row: [{"first": first, "other": other}[row]])
+    assert lab.difference("first", "first").value == 0
+    with pytest.raises(ValueError, match="the same images"):
+        lab.difference("first", "other")
 
 
 def _numbers():

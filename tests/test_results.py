@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mia_utils import results
+from mia_utils.protocol.result import Result
 
 
 def row(seed=0, control="", auc=0.7, low=None, high=None, key=None, **facts):
@@ -69,6 +70,33 @@ VERDICTS = [
 def test_the_verdict_is_that_of_the_one_rule(verdict, attack, blind):
     blind["p"] = blind.get("p", 0.6) if blind["auc"] < 0.6 else 1e-9
     assert table_of([attack, blind])["verdict"].iloc[0] == verdict
+
+
+def test_a_row_without_controls_is_judged_by_the_no_model_row_of_its_split():
+    """An attacker without a model is the same at every epoch and setting: it is run once."""
+    blind = row(control="no-model", auc=0.57, low=0.5, high=0.64, study="grid")
+    young = row(auc=0.56, low=0.51, high=0.61, key="young", checkpoint=31)
+    other = row(1, auc=0.56, low=0.51, high=0.61, key="other", checkpoint=31)
+    table = table_of([row(), blind, young, other]).set_index("key")
+    assert table.loc["young", "verdict"] == "not shown" and table.loc["other", "verdict"] == "shown"
+
+
+def test_merged_numbers_follow_their_rows(tmp_path, monkeypatch):
+    """Controls that come later change a verdict: what was merged without them is not used again."""
+    monkeypatch.setenv("MIA_HOME", str(tmp_path))
+    rng, store = np.random.default_rng(0), results.Store("tiny")
+    side, keys = np.arange(400) < 200, ["a", "b", "c"]
+
+    def save(shift):
+        for key in keys:
+            result = Result("mim", "", rng.normal(size=400) + shift * side, side, image_ids=np.arange(400).astype(str))
+            store.save(key, result, results.make_rows(result, {"seed": 0, "attack": "mim"}))
+
+    save(0.5)
+    first = store.merge(keys, "")
+    assert store.merge(keys, "") == first and len(list(store.folder.glob("merged-*.json"))) == 1
+    save(1.0)
+    assert store.merge(keys, "")["auc"] > first["auc"] + 0.05
 
 
 def test_no_two_rows_agree_and_nothing_measured_is_an_empty_table():
