@@ -5,6 +5,8 @@ Every function takes rows over all seeds of ``lab.results`` and returns a senten
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -15,10 +17,10 @@ from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
 USEFUL = 0.1  # gain in utility over the untrained encoder from which an encoder is called worth using
 
 
-def say_all(results: pd.DataFrame) -> str:
-    """Return the findings as a list in Markdown; all numbers from the table."""
+def say_all(results: pd.DataFrame, gap: Callable[[Any, Any], Any] | None = None) -> str:
+    """Return the findings as a list in Markdown; all numbers from the table, ``gap`` as for :func:`say.versus`."""
     rows = results[results["seed"].isna()]
-    found = (finding(rows) for finding in (most, useful, parts, reference, defenses, blind))
+    found = [finding(rows) for finding in (most, useful, functools.partial(parts, gap=gap), reference, defenses, blind)]
     return "\n".join(f"- {text}" for text in found if text)
 
 
@@ -46,7 +48,7 @@ def useful(rows: pd.DataFrame) -> str:
     return _describe("Does an encoder leak that is worth using?", a, rows, beside)
 
 
-def parts(rows: pd.DataFrame) -> str:
+def parts(rows: pd.DataFrame, gap: Callable[[Any, Any], Any] | None = None) -> str:
     """Say whether an image's own parts are better probes of PartCrop than random vectors."""
     rows = rows[rows["study"].isin(["probes", "tokens"]) & (rows["control"] == "")]
     if not (rows["method"] == "mae").any():
@@ -57,13 +59,16 @@ def parts(rows: pd.DataFrame) -> str:
     room = probed[probed["method"] == "mae"].drop_duplicates("probe")  # the earliest, where the AUC has room
     ends = {r["probe"]: _interval(r) for _, r in room.iterrows()}
     few = {r["probe"]: _interval(r) for _, r in rows[rows["arch"].str.contains("patch4")].iterrows()}
-    apart = probed[probed["method"] == "simclr"].set_index("probe")["auc"].map(format_value)
-    text = say.versus(room, "probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
+    pair = ("probe == 'random'", "probe == 'parts'", ("Random vectors", "own parts"))
+    other = say.versus(probed[probed["method"] == "simclr"], *pair, gap=gap)
+    text = say.versus(room, *pair, gap=gap)
     text = f"**Does PartCrop read parts?** {text} (MAE, {room['checkpoint'].iloc[0]:,.0f} epochs, trainings: "
-    text += f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}. "
+    late = probed[(probed["method"] == "mae") & (probed["probe"] == "other-image")].iloc[-1]
+    text += f"{room['n_seeds'].min()}). *Control*: another image's tokens {ends['other-image']}, "
+    text += f"{format_value(late['auc'])} after {late['checkpoint']:,.0f}. "
     text += f"*Beside it*: token spread, *one* query, {ends['spread']}."
-    text += f" With 64 tokens: own parts {few['parts']}, random {few['random']}." if few else ""
-    return text + (f" SimCLR: {apart['parts']}, {apart['random']}." if len(apart) else "")
+    text += f" 64 tokens: random {few['random']}, own parts {few['parts']}." if few else ""
+    return text + (f" SimCLR: {other[0].lower()}{other[1:]}." if "AUC" in other else "")
 
 
 def reference(rows: pd.DataFrame) -> str:
@@ -93,10 +98,10 @@ def defenses(rows: pd.DataFrame) -> str:
     for (attack, method), part in own.groupby(["attack", "method"], sort=False):
         name = f"{label_of(method)}, {label_of(attack)}{' with a reference' if attack == 'mim' else ''}"
         prices = [_say_price(r) for _, r in part.sort_values("auc", ascending=False).iterrows()]
-        said.append(f"{name} (untrained {format_value(part['utility_untrained'].mean())}): {'; '.join(prices)}.")
-    n = " to ".join(f"{count:.0f}" for count in sorted({own["n_seeds"].min(), own["n_seeds"].max()}))
-    text = f"**What protects a useful encoder?** AUC and utility, {own['n_train'].max():,.0f} images, trainings: {n}. "
-    return f"{text}{' '.join(said)} *Control*: no model {_say_blind(rows)}."
+        age = f"{part['epochs'].max():,.0f} epochs, untrained {format_value(part['utility_untrained'].mean())}"
+        said.append(f"{name} ({age}): {'; '.join(prices)}.")
+    text = f"**What protects a useful encoder?** AUC and utility, {own['n_train'].max():,.0f} images, one training "
+    return f"{text}unless said. {' '.join(said)} *Control*: no model {_say_blind(rows)}."
 
 
 def blind(rows: pd.DataFrame) -> str:
@@ -147,5 +152,6 @@ def _say_blind(rows: pd.DataFrame) -> str:
 def _say_price(row: Any) -> str:
     how = f"{label_of(row['defense'])} {row['strength']}".removesuffix(".0")
     how = WORDS[row["augmentation"]].removesuffix(" and color") if row["defense"] == "none" else how
-    shown = "" if row["verdict"] == "shown" else f" ({row['verdict']})"
-    return f"{how} {format_value(row['auc'])}{shown}, {format_value(row['utility'])}"
+    facts = [row["verdict"]] * (row["verdict"] != "shown") + [f"{row['n_seeds']} trainings"] * (row["n_seeds"] > 1)
+    beside = f" ({', '.join(facts)})" if facts else ""
+    return f"{how} {_interval(row)}{beside}, {format_value(row['utility'])}"

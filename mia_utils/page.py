@@ -143,7 +143,8 @@ def list_catalog(figures: list[dict[str, Any]]) -> pd.DataFrame:
 
 def write(profile: str) -> Path:
     """Write page and summary of a profile, for ``photos`` also the tables of ``docs/``; returns the page."""
-    results = lab.open(profile).results
+    opened = lab.open(profile)
+    results = opened.results
     folder, summary, figures = paths.get_figures_dir(profile), summarize(results), read_figures(profile)
     controls = course.judge_controls(results) if len(results) else pd.DataFrame()
     plain = summary.drop(columns="auc", errors="ignore")
@@ -156,7 +157,8 @@ def write(profile: str) -> Path:
     )  # fmt: skip
     if profile == "photos":
         write_tables(summary, figures, controls)
-        fill_sections(profiles.find_source("README.md"), {"findings": findings.say_all(results), "times": say_times()})
+        found = findings.say_all(results, opened.difference)
+        fill_sections(profiles.find_source("README.md"), {"findings": found, "times": say_times()})
     return paths.write_atomic(folder / "index.html", page)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from mia_utils.plots.style import format_value, label_of
+from mia_utils.plots.style import format_interval, format_value, label_of
 
 
 def attacks(table: pd.DataFrame) -> pd.DataFrame:
@@ -33,6 +33,14 @@ def _auc(row: Any) -> str:
 
 def _apart(one: Any, other: Any) -> bool:
     return one["auc_low"] > other["auc_high"] or other["auc_low"] > one["auc_high"]
+
+
+def _pair(rows: list[pd.DataFrame], gap: Callable[[Any, Any], Any] | None) -> list[Any]:
+    """Two intervals to compare: the mean ones, or that of the paired difference of two single rows and 0."""
+    if gap is None or [len(part) for part in rows] != [1, 1]:
+        return list(map(_average, rows))
+    value, low, high = gap(*(part.iloc[0] for part in rows))
+    return [dict(auc=value, auc_low=low, auc_high=high), dict(auc=0.0, auc_low=0.0, auc_high=0.0)]
 
 
 def _average(table: pd.DataFrame) -> pd.Series:
@@ -79,21 +87,20 @@ def found(table: pd.DataFrame, by: str = "method") -> str:
     return first if top[by] == low[by] else f"{first}, {format_value(low[name])} of {label_of(low[by])}'s"
 
 
-def plateau(table: pd.DataFrame, x: str, unit: str = "") -> str:
-    """From which value of a sweep on nothing is gained: ``4 masks are enough: AUC .97; 64 give .98``."""
+def plateau(table: pd.DataFrame, x: str, unit: str = "", gap: Callable[[Any, Any], Any] | None = None) -> str:
+    """From which value of a sweep on no gain is shown: ``4 masks are enough: AUC .97; 64 give .98``; gap as below."""
     own = attacks(table).sort_values(x)
-    first, last, top = own.iloc[0], own.iloc[-1], own.loc[own["auc"].idxmax()]
-    enough = next(row for _, row in own.iterrows() if not _apart(row, top))
-    unit, n, n_last = unit or x.removeprefix("n_"), f"{enough[x]:,g}", f"{last[x]:,g}"
-    if top["verdict"] != "shown":
-        return f"No leak shown at any number of {unit}: AUC {_auc(first)} to {_auc(last)}"
-    if enough[x] == first[x]:
-        single = unit.removesuffix("es" if unit.endswith("ches") else "s")
-        few = f"One {single} does" if enough[x] == 1 else f"{n} {unit} do"
-        return f"{few} as well as {n_last}: AUC {_auc(enough)} and {_auc(last)}"
-    if enough[x] == last[x]:
-        return f"More {unit} still help at {n_last}: AUC {_auc(first)} to {_auc(last)}"
-    return f"{n} {unit} are enough: AUC {_auc(enough)}; {n_last} give {_auc(last)}"
+    first, last, top = own.iloc[[0]], own.iloc[[-1]], own.loc[[own["auc"].idxmax()]]
+    enough = next(own.loc[[i]] for i in own.index if not _apart(*_pair([own.loc[[i]], top], gap)))
+    ends = {name: _auc(part.iloc[0]) for name, part in (("first", first), ("enough", enough), ("last", last))}
+    unit, n, n_last = unit or x.removeprefix("n_"), f"{enough[x].iloc[0]:,g}", f"{last[x].iloc[0]:,g}"
+    if top["verdict"].iloc[0] != "shown":
+        return f"No leak shown at any number of {unit}: AUC {ends['first']} to {ends['last']}"
+    if enough.index[0] == first.index[0]:
+        return f"{n} and {n_last} {unit} are not told apart: AUC {ends['enough']} and {ends['last']}"
+    if enough.index[0] == last.index[0]:
+        return f"More {unit} still help at {n_last}: AUC {ends['first']} to {ends['last']}"
+    return f"{n} {unit} are enough: AUC {ends['enough']}; {n_last} give {ends['last']}"
 
 
 def span(table: pd.DataFrame, by: str, what: str = "") -> str:
@@ -106,12 +113,19 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
     return f"{lead}AUC {_auc(top)} with {label_of(top[by])}, {_auc(low)} with {label_of(low[by])}"
 
 
-def versus(table: pd.DataFrame, one: str, other: str, names: tuple[str, str]) -> str:
-    """Compare the mean rows of two queries: ``Own parts beat random vectors: AUC .96 against .55``, or neither."""
-    first, second = (_average(attacks(table).query(query)) for query in (one, other))
+def versus(
+    table: pd.DataFrame, one: str, other: str, names: tuple[str, str], gap: Callable[[Any, Any], Any] | None = None
+) -> str:
+    """Compare the mean rows of two queries: ``Own parts beat random vectors: AUC .96 against .55``, or neither.
+
+    ``gap``: where each query has one row and both are of the same images, ``lab.difference``; without it intervals are
+    compared, which tell less apart.
+    """
+    rows = [attacks(table).query(query) for query in (one, other)]
+    first, second = map(_average, rows)
     if pd.isna(first["auc"]) or pd.isna(second["auc"]):
         return f"{names[0]} against {names[1]}: not both in this profile"
-    if not _apart(first, second):
+    if not _apart(*_pair(rows, gap)):
         return f"{names[0]} and {names[1]} are not told apart: AUC {_auc(first)} and {_auc(second)}"
     if first["auc"] < second["auc"]:
         first, second, names = second, first, names[::-1]
@@ -184,15 +198,21 @@ def rises(text: str, *, by: str = "x", falls: bool = False, query: str = "") -> 
     return Expectation(text, judge)
 
 
-def above(text: str, high: str, low: str) -> Expectation:
-    """Expect the rows of query ``high`` above those of query ``low`` (their means, by their intervals)."""
+def above(text: str, high: str, low: str, gap: Callable[[Any, Any], Any] | None = None) -> Expectation:
+    """Expect the rows of query ``high`` above those of query ``low`` (their means; ``gap`` as for :func:`versus`)."""
 
     def judge(table: pd.DataFrame) -> tuple[str, str]:
-        one, other = (_average(attacks(table).query(query)) for query in (high, low))
+        rows = [attacks(table).query(query) for query in (high, low)]
+        one, other = map(_average, rows)
         if pd.isna(one["auc"]) or pd.isna(other["auc"]):
             return _ABSENT
         ahead = _count_ahead(*(table.query(query) for query in (high, low)))
-        return _compare(one, other, f"AUC {_auc(one)} against {_auc(other)}{ahead}")
+        pair = _pair(rows, gap)
+        said = f"AUC {_auc(one)} against {_auc(other)}{ahead}"
+        if not isinstance(pair[0], dict):
+            return _compare(one, other, said)
+        word = "met" if pair[0]["auc_low"] > 0 else "not met" if pair[0]["auc_high"] < 0 else "no difference shown"
+        return word, f"{said}; paired difference {format_interval(*pair[0].values())}"
 
     return Expectation(text, judge)
 

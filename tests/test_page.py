@@ -173,7 +173,8 @@ def test_defenses_are_said_with_what_they_cost_and_without_a_reference_they_prov
     rows = [row | dict(auc=0.6), row | dict(control="no-model", auc=0.49), row | dict(reference="r", auc=0.8)]
     crops = row | dict(reference="r", auc=0.51, utility=0.38, verdict="not shown", augmentation="crop")
     said = findings.say_all(pd.DataFrame([*rows, crops, crops | dict(auc=0.1, reference=None)]))
-    assert "whole images .80, .40; strong crops .51 (not shown), .38." in said and "no model .49" in said
+    assert "whole images .80 [.70, .90] (3 trainings), .40;" in said and "no model .49" in said
+    assert "strong crops .51 [.70, .90] (not shown, 3 trainings), .38." in said
     assert said.count("\n") == 0 and ".10" not in said and ".60" not in said
 
 

@@ -54,9 +54,35 @@ def test_a_title_says_what_the_rows_say(sentence, said):
     assert sentence == said and len(sentence) <= 90
 
 
-def test_one_mask_that_does_as_well_is_said_so():
-    assert say.plateau(FLAT, "n_masks").startswith(("1 masks do as well", "One mask does as well"))
-    assert say.plateau(FLAT, "n_masks", "patches").startswith("One patch does as well")
+@pytest.mark.parametrize(
+    ("gap", "title", "word"),
+    [
+        ((0.03, 0.01, 0.05), "Random vectors beat own parts: AUC .96 against .93", "met"),
+        ((0.03, -0.01, 0.07), "Random vectors and own parts are not told apart: AUC .96 and .93", "no difference shown"),
+        ((-0.03, -0.05, -0.01), None, "not met"),
+    ],
+)
+def test_a_paired_difference_decides_where_intervals_overlap(gap, title, word):
+    asked = []
+
+    def difference(one, other):
+        asked.append((one["p"], other["p"]))
+        return gap
+
+    names, pair = ("Random vectors", "own parts"), ("p == 'b'", "p == 'a'")
+    answer = say.above("random is ahead", *pair, gap=difference).answer(PROBES)
+    assert f": {word}; AUC .96 against .93; paired difference {gap[0]:.2f}".replace("0.", ".") in answer
+    assert title is None or say.versus(PROBES, *pair, names, gap=difference) == title
+    assert set(asked) == {("b", "a")}
+    several = say.versus(PROBES, "p in ('a', 'b')", "p == 'c'", names, gap=difference)  # a mean has no one difference
+    assert several.startswith("Random vectors beat") and set(asked) == {("b", "a")}
+
+
+def test_the_fewest_that_are_not_told_apart_from_the_best_are_enough():
+    assert say.plateau(FLAT, "n_masks") == "1 and 64 masks are not told apart: AUC .70 and .72"
+    behind = lambda one, other: (gain := other["auc"] - one["auc"]) and (-gain, -gain - 0.01, -gain + 0.01)  # noqa: E731
+    paired = say.plateau(FLAT, "n_masks", "patches", lambda one, other: behind(one, other) or (0, 0, 0))
+    assert paired == "More patches still help at 64: AUC .70 to .72"
 
 
 def test_a_sweep_at_the_ceiling_is_said_to_be_there():
