@@ -272,7 +272,8 @@ class Store:
         return numbers
 
     def _name_merged(self, keys: list[str], control: str) -> str:
-        return _digest(json.dumps([keys, control, *map(self.read_rows, keys)], sort_keys=True).encode())
+        held = [(row["control"], row["auc"]) for key in keys for row in self.read_rows(key)]
+        return _digest(f"{keys} {control} {held}".encode())
 
     def save(self, key: str, result: Result, rows: list[dict[str, Any]]) -> None:
         """Keep an evaluation, whole or not at all."""

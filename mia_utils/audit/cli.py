@@ -79,7 +79,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "--void": dict(type=make_type("an id of pixels", r"\d{1,3}", int), help="id of unlabeled pixels in masks"),
     "--device": dict(help="cpu, cuda, cuda:1 (default: a GPU where there is one)"),
-    "--attack": dict(type=to_names, default=[], metavar="NAMES", help="auto (all that fit), or names"),
+    "--attack": dict(type=to_names, default=[], metavar="NAMES", help="auto (the battery), or names"),
     "--augmentation": dict(type=to_names, default=[], metavar="NAMES", help="of the queries: auto, or names"),
     "--reference-model": dict(
         dest="reference_models", action="append", default=[], metavar="MODEL",
