@@ -111,12 +111,11 @@ def tabulate(
             whole |= merge(keys, own[0]["control"]) | {"key": ";".join(keys), "n_seeds": len(own), "seed": None}
             table.append(whole | {"rejected": any(row["rejected"] for row in own)})
         table += own
-    cells = {*same, "seed"} - {"control"}  # else what a no-model row depends on: images, and what is known of them
+    # what an attacker without a model depends on: images, and what is known of them
     depends = {"split", "subsample", "protocol", "knowledge", "shadow_dataset", "known_share", "n_seeds"}
-    blind = {_place(row, cells): row for row in table if row["control"] == "no-model"}
-    like = {_place(row, depends): row for row in table if row["control"] == "no-model"}
+    blind = {_place(row, depends): row for row in table if row["control"] == "no-model"}
     for row in table:
-        beside = None if row["control"] else blind.get(_place(row, cells)) or like.get(_place(row, depends))
+        beside = None if row["control"] else blind.get(_place(row, depends))
         if beside is not None:
             ends = (beside[name] for name in ("auc", "auc_low", "auc_high"))
             beside = intervals.Control(*ends, row["rejected"], row.get("clear"))

@@ -90,14 +90,16 @@ def test_a_function_without_a_module_has_no_control_and_says_what_is_assumed():
 
 def test_a_module_that_can_not_be_seen_takes_the_control_away(tmp_path, monkeypatch):
     """Else the control keeps the trained backbone, and only the head is fresh."""
-    (tmp_path / "own_parts.py").write_text("from torch import nn\nhead = nn.Linear(6, 2)\n")
+    text = "from torch import nn\nhead = nn.Linear(6, 2)\ndef score(x):\n    return head(x)\n"
+    (tmp_path / "own_parts.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     own_parts = pytest.importorskip("own_parts")
-    net, head = make_net("vector"), nn.Linear(6, 2)
+    net, head, score = make_net("vector"), nn.Linear(6, 2), own_parts.score
     service, parts, pair = SimpleNamespace(net=net.eval()), {"backbone": net}, [net]
     for hidden in (
         lambda x: head(service.net(x)), lambda x: head(parts["backbone"](x)), lambda x: head(pair[0](x)),
         functools.partial(lambda parts, x: head(parts["backbone"](x)), parts), lambda x: own_parts.head(net(x)),
+        lambda x: score(net(x)),
     ):  # fmt: skip
         encoder = encoders.wrap(hidden, size=32)
         assert encoder.embed(IMAGES).shape == (4, 2) and encoders.make_untrained(encoder) is None

@@ -45,6 +45,8 @@ def find_modules(*functions: Callable) -> tuple[list[nn.Module], bool]:
             if value.__module__ in home:
                 named = inspect.getclosurevars(value)
                 left += [*named.nonlocals.values(), *named.globals.values()]
+            else:
+                complete &= value.__code__.co_filename.startswith(_INSTALLED)
         elif any(value is function for function in functions):
             left.append(value.__call__)
         else:
