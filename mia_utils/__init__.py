@@ -1,4 +1,4 @@
-"""Membership inference on visual models: attacks, controls and protocol of four papers, behind eight notebooks."""
+"""Membership inference on visual models: attacks, controls and protocol of four papers, behind nine notebooks."""
 
 import importlib
 

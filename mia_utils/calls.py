@@ -15,6 +15,7 @@ from mia_utils.runner.profiles import Row
 if TYPE_CHECKING:
     from mia_utils.lab import Lab
     from mia_utils.protocol.result import Result
+    from mia_utils.protocol.splits import Split
 
 DECODER_IMAGES = 512  # that an attacker trains a decoder of their own with
 
@@ -144,9 +145,9 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
     row, seed = call.row, call.row.seed
     pool, split = lab.pool(row.dataset), lab.split(row.id)
     split_hash = split.hash
-    if call.n_nonmembers is not None and call.n_nonmembers < len(split.target_nonmembers):
-        order = seeds.rng(split.seed, "fewer-strangers").permutation(split.target_nonmembers)
-        split = dataclasses.replace(split, target_nonmembers=np.sort(order[: call.n_nonmembers]))
+    if call.n_nonmembers is not None:
+        others = [lab.profile.row(name).n_train for name in _as_names(call.attacker.reference)]
+        split = _take_nonmembers(split, call.n_nonmembers, reserved=max([DECODER_IMAGES, *others]))
     if call.shadow:
         other, dataset = lab.split(call.shadow), lab.profile.row(call.shadow).dataset
         if dataset != row.dataset:
@@ -173,6 +174,20 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
         protocol=call.protocol, seed=seed, cache=_cache_features, controls=controls, known_share=who.share,
         **call.params,
     )  # fmt: skip
+
+
+def _take_nonmembers(split: Split, n: int, *, reserved: int) -> Split:
+    """The split with n non-members: some of its own, or all and images in no role, but ``reserved`` for other models."""
+    own = split.target_nonmembers
+    if n < len(own):
+        chosen = seeds.rng(split.seed, "fewer-strangers").permutation(own)[:n]
+        return dataclasses.replace(split, target_nonmembers=np.sort(chosen))
+    if n == len(own) or len(split.utility) <= reserved:
+        return split
+    order = split.reference(len(split.utility))  # references and decoders of attackers were trained on its first
+    more = order[max(reserved, len(order) - (n - len(own))) :]
+    rest = np.setdiff1d(split.utility, more)
+    return dataclasses.replace(split, target_nonmembers=np.sort(np.concatenate([own, more])), utility=rest)
 
 
 def describe(lab: Lab, call: Call) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mia_utils.protocol import intervals
 from mia_utils.runner import parameters, profiles
 
 # attacks that train no attacker
-UNTRAINED = ("mim", "encodermi-t", "lpla", "seg-global-loss", "token-spread", "gradient-norm")
+UNTRAINED = ("mim", "encodermi-t", "seg-global-loss", "token-spread", "gradient-norm")
 
 
 @functools.cache

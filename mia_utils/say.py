@@ -78,12 +78,15 @@ def best(table: pd.DataFrame, by: str = "attack") -> str:
 def found(table: pd.DataFrame, by: str = "method") -> str:
     """How many members are found at the lowest false positive rate that can be measured, best and worst of ``by``."""
     own = attacks(table)
-    rate = next((n for n in (1, 10) if f"tpr_at_{n}" in own and own[f"tpr_at_{n}"].notna().any()), 0)
-    if not rate:
+    rates = {"tpr_at_01": ".1", "tpr_at_1": "1", "tpr_at_10": "10"}
+    name = next((name for name in rates if name in own and own[name].notna().any()), "")
+    if not name:
         return "Too few non-members to say how many members are found at a low false positive rate"
-    name = f"tpr_at_{rate}"
     top, low = own.loc[own[name].idxmax()], own.loc[own[name].idxmin()]
-    first = f"At {rate} % FPR {format_value(top[name])} of {label_of(top[by])}'s members are found"
+    if by == "attack":
+        said = [f"{label_of(row[by])} {format_value(row[name])}" for row in (top, low)]
+        return f"Found at {rates[name]} % FPR: " + said[0] + f", {said[1]}" * (top[by] != low[by])
+    first = f"At {rates[name]} % FPR {format_value(top[name])} of {label_of(top[by])}'s members are found"
     return first if top[by] == low[by] else f"{first}, {format_value(low[name])} of {label_of(low[by])}'s"
 
 
@@ -107,6 +110,9 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
     """The two ends of a choice: ``Own parts .96, another image's tokens .55``; says where intervals overlap."""
     own = attacks(table)
     top, low = own.loc[own["auc"].idxmax()], own.loc[own["auc"].idxmin()]
+    if not _apart(top, low):  # narrower intervals further in may be apart
+        ends = own.loc[own["auc_low"].idxmax()], own.loc[own["auc_high"].idxmin()]
+        top, low = ends if _apart(*ends) else (top, low)
     lead = f"{what}: " if what else ""
     if not _apart(top, low):
         return f"{lead}{'n' if lead else 'N'}o choice is clearly better, AUC {_auc(low)} to {_auc(top)}"

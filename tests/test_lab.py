@@ -101,6 +101,21 @@ def test_one_evaluation_stands_in_every_study_that_uses_it_and_a_study_starts_an
     assert len(rows) == 1 and rows["n_nonmembers"].iloc[0] == 60 and rows["n_members"].iloc[0] == 24
 
 
+def test_more_nonmembers_than_the_split_has_are_images_that_no_model_was_trained_on(lab, monkeypatch):
+    monkeypatch.setattr(calls, "DECODER_IMAGES", 30)
+    split, pool = lab.split("mae-target-s0"), lab.pool("scenes")
+    used = [split.target_members, split.shadow_members, split.shadow_nonmembers, split.reference(30)]
+    seen = set(pool.image_ids[np.concatenate(used)])
+    found = []
+    for n, expected in ((130, 130), (10_000, 100 + len(split.utility) - 30)):
+        lab.run("lpla", "mae-target-s0", n_nonmembers=n, study="many")
+        result = lab.scores(own(lab).iloc[-1])[0]
+        found.append(set(result.image_ids[~result.is_member]))
+        assert len(found[-1]) == expected and not found[-1] & seen
+        assert set(pool.image_ids[split.target_nonmembers]) <= found[-1]
+    assert found[0] <= found[1]
+
+
 def test_controls_are_added_later(lab):
     lab.run("lpla", "mae-target-s0", controls=False, study="main")
     assert set(lab.results["control"]) == {""}

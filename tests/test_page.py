@@ -123,9 +123,11 @@ def test_the_table_can_be_searched_and_read_without_script(written):
 
 def test_the_catalog_is_made_of_what_the_figures_say():
     figures = [{"name": "fig03_hero", "paper": "MIM: masks; PartCrop: main table"}, {"name": "fig00_x", "paper": ""}]
+    figures.append({"name": "fig08_hero", "paper": "all attacks"})  # of no paper
     table = page.list_catalog(figures)
+    assert ("this book", "all attacks", "fig08_hero") in set(table.itertuples(index=False, name=None))
     assert ("PartCrop", "main table", "fig03_hero") in set(table.itertuples(index=False, name=None))
-    assert set(table["paper"]) == set(page.UNKNOWN) and len(table) == 2 + len(page.UNKNOWN)
+    assert set(table["paper"]) == {"this book", *page.UNKNOWN} and len(table) == 3 + len(page.UNKNOWN)
 
 
 def test_rows_that_differ_in_their_probes_differ_in_name_and_the_first_study_speaks_for_the_same():

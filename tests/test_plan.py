@@ -113,6 +113,12 @@ def test_the_models_of_a_missing_data_set_leave_the_lists_of_the_notebooks(home)
     assert {"mae-tiny-target-s0", "dino-tiny-target-s0", "moco-tiny-target-s0"} <= {row.id for row in plan.missing}
 
 
+@pytest.mark.parametrize("name", ["smoke", "quick", "photos"])
+def test_a_profile_can_be_planned_where_nothing_is_trained(home, name):
+    absent = {row.id for row in profiles.load(name).models} - {row.id for row in make_plan(name).missing}
+    assert all("tiny" in row for row in absent)  # no folder of Tiny-ImageNet here
+
+
 SMALLER = {"vit_small_patch8_32": "vit_nano_patch8_32", "vit_small_patch8_64": "vit_nano_patch8_32"}
 SMALLER |= {"resnet18_32": "resnet_thin_32", "resnet50": "resnet18"}
 KINDS = {(row.method, row.arch): row for row in profiles.load("paper").models if row.defense == "none"}

@@ -81,8 +81,10 @@ def _limits(table: pd.DataFrame) -> tuple[float, float]:
 def draw_legend(fig: Figure, table: pd.DataFrame, *, marks: str, chance: str | None = "chance") -> None:
     """One legend under the panels with the marks that are drawn: ``"dot"``, ``"line"``, ``"curve"`` (no markers)."""
     handles = []
+    methods = table.loc[table["control"] == "", "method"].dropna().unique()
+    mark = marker_of(methods[0] if len(methods) == 1 else "", "")  # a shape is a method; several: a dot for all
     for attack in dict.fromkeys(table.loc[table["control"] == "", "attack"]):
-        style = dict(linestyle="-", marker="o" if marks == "dot" else "")
+        style = dict(linestyle="-", marker=mark if marks == "dot" else "")
         handles.append(Line2D([], [], color=color_of(attack), label=label_of(attack), **style))
     for control in dict.fromkeys(table.loc[table["control"] != "", "control"]):
         label, color, marker, dash = CONTROLS[control]
@@ -159,8 +161,8 @@ def _draw_sweep(ax: Axes, part: pd.DataFrame, lines: list[str], *, log: bool, ch
 
 def _shade(color: str, i: int, n: int) -> tuple[float, ...]:
     """The i-th of n shades of a color, from light to dark; a single one is the color itself."""
-    at = 0.9 * i / (n - 1) - 0.45 if n > 1 else 0.0
-    return tuple(part * (1 - at) if at > 0 else part - at * (1 - part) for part in mpl.colors.to_rgb(color))
+    white = 0.5 * (1 - i / (n - 1)) if n > 1 else 0.0
+    return tuple(part + white * (1 - part) for part in mpl.colors.to_rgb(color))
 
 
 def _to_points(ax: Axes, x: Any, y: Any) -> np.ndarray:

@@ -173,7 +173,7 @@ def check_rows(profile: Profile, rows: list[Row]) -> None:
         official = "official" in (suffix, profile.get_split(row.dataset).get("rule"))
         if official and "official_split" not in has:
             raise ValueError(f"model {row.id}: rule 'official': data set {row.dataset} has no official split: use iid")
-        if "masks" not in has and (row.method in profiles.SEGMENTERS or suffix not in ("", "frames", "official")):
+        if "masks" not in has and (row.method in profiles.SEGMENTERS or suffix not in ("", "frames", "official", "part")):
             raise ValueError(f"model {row.id}: {suffix or row.method} needs label maps, {row.dataset} has none")
         size = profile.datasets[row.dataset].get("size")
         recipe = str((row.method, row.arch, row.augmentation, row.options, size, row.n_train, row.epochs))

@@ -16,7 +16,7 @@ ANSWERS = {
     ),
     "02-2": (
         lambda answer: str(answer).strip().lower() == "c",
-        "In three of the four, an attacker who never queries the model (or near twins) decides the result.",
+        "In three of the four something other than training may decide: another source, a crop, near twins.",
         {"a": "the two official sets often differ", "b": "measures the crop", "d": "non-members have near twins"},
     ),
     "02-3": (

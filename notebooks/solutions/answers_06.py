@@ -26,6 +26,6 @@ ANSWERS = {
     "06-3": (
         lambda answer, own: abs(answer - _measure_gain(own)) < 0.0051,
         "Two rows of own; set_index('attack')['auc'] and subtract, the network's AUC first.",
-        {0.0: "the lower or upper ends compared instead of the AUCs"},
+        {"the difference of auc_low or of auc_high": "the ends of intervals compared instead of the AUCs"},
     ),
 }
