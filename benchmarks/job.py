@@ -15,7 +15,7 @@ import sys
 import common
 import torch
 
-from mia_utils.models.speed import use_fast_products
+from mia_utils.models.backbones import use_fast_products
 from mia_utils.runner import estimates, profiles
 
 

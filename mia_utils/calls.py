@@ -177,7 +177,7 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
 
 
 def _take_nonmembers(split: Split, n: int, *, reserved: int) -> Split:
-    """The split with n non-members: some of its own, or all and images in no role, but ``reserved`` for other models."""
+    """The split with n non-members: some of its own, or all and images in no role but ``reserved`` for other models."""
     own = split.target_nonmembers
     if n < len(own):
         chosen = seeds.rng(split.seed, "fewer-strangers").permutation(own)[:n]

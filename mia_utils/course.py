@@ -1,7 +1,5 @@
 """What makes the notebooks a course: exercises and runs that check themselves, shown code, a game."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import inspect

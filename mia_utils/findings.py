@@ -3,8 +3,6 @@
 Every function takes rows over all seeds of ``lab.results`` and returns a sentence, empty where the rows are not there.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

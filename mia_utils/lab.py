@@ -61,11 +61,11 @@ class Lab:
         """Name a model with a defense of its outputs; a list of strengths gives as many targets."""
         return [Target(model_id, defense, value) for value in _as_list(strength)]
 
-    def shadow_of(self, model_id: str, *, method: str | None = None) -> str | None:
-        """Return a shadow on the same split (of the same method unless another is named), None if absent."""
+    def shadow_of(self, model_id: str) -> str | None:
+        """Return a shadow of the same method on the same split, None if absent."""
         row = self.profile.row(model_id)
         wanted = dict(role="shadow", dataset=row.dataset, n_train=row.n_train, seed=row.seed, defense=row.defense)
-        found = self.models(**wanted, strength=row.strength, method=method or row.method)
+        found = self.models(**wanted, strength=row.strength, method=row.method)
         return _find_nearest(row, found) if found else None
 
     def undefended_of(self, model_id: str) -> str:

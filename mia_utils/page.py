@@ -3,8 +3,6 @@
 Everything is read from what other commands wrote: PNG files with their texts, the results table, the notebooks.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import namedtuple

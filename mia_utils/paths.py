@@ -4,8 +4,6 @@
 folders (separated like ``PATH``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

@@ -5,8 +5,6 @@ of drawing anything. What a ``run`` cell printed in the last full run is kept in
 shown again, so that a reader sees every number without running.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -4,8 +4,6 @@ A saved evaluation carries its rows: facts under plain names and numbers with th
 that agree in every column of facts are one experiment over several seeds. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

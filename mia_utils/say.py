@@ -4,8 +4,6 @@ Titles have at most 90 characters and two numbers. All of them, and every *Here:
 (:mod:`mia_utils.protocol.intervals`), which each row of ``lab.results`` carries.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

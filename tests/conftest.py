@@ -88,7 +88,7 @@ def smoke_run(pytestconfig: pytest.Config) -> tuple[Path, subprocess.Popen, Path
 
 @pytest.fixture(autouse=True)
 def same_products():
-    """What an audit chose for its own products (``models.speed``) does not reach the tests after it."""
+    """What an audit chose for its own products (``models.backbones``) does not reach the tests after it."""
     yield
     if "torch" in sys.modules and sys.modules["torch"].get_float32_matmul_precision() != "highest":
         import timm.layers

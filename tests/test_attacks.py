@@ -103,7 +103,7 @@ def test_a_memorized_set_is_found_and_the_controls_are_not(result):
 def test_every_target_image_is_scored_once_by_an_attacker_that_never_saw_it(result, pool, split):
     expected = np.concatenate([split.target_members, split.target_nonmembers])
     assert sorted(result.image_ids) == sorted(pool.image_ids[expected])
-    assert set(result.fold) == set(range(5)) and set(result.role) == {"report"}
+    assert set(result.fold) == set(range(5))
     assert set(result.image_ids[result.is_member]) == set(pool.image_ids[split.target_members])
     assert result.score.dtype == np.float64 and result.threshold.shape == result.score.shape
     assert result.metrics.balanced_accuracy > 0.7
@@ -303,7 +303,7 @@ def test_a_saved_result_comes_back_whole(result, tmp_path):
     loaded = attacks.Result.unpack(dict(np.load(tmp_path / "partcrop.npz")))
     for ours, theirs in ((result, loaded), *((result.controls[c], loaded.controls[c]) for c in attacks.CONTROLS)):
         assert (ours.attack, ours.control, ours.meta) == (theirs.attack, theirs.control, theirs.meta)
-        for key in ("score", "is_member", "image_ids", "role", "fold"):
+        for key in ("score", "is_member", "image_ids", "fold"):
             np.testing.assert_array_equal(getattr(ours, key), getattr(theirs, key))
         assert ours.groups is None and theirs.groups is None
     np.testing.assert_array_equal(loaded.threshold, result.threshold)

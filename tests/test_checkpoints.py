@@ -12,7 +12,7 @@ from torchvision.models import VisionTransformer, resnet18, resnet50
 
 from mia_utils.attacks import mim
 from mia_utils.models import checkpoints, encoders
-from mia_utils.pretrain import foreign
+from mia_utils.pretrain import mae
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NORMALIZED = (IMAGES - torch.tensor(encoders.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(encoders.IMAGENET_STD).view(
@@ -283,7 +283,7 @@ def test_the_decoder_of_a_foreign_mae_is_kept_for_the_mim_attack(tmp_path, layou
     encoder = encoders.open(tmp_path / "mae")
     assert encoder.facts["decoder heads"] == (("16", "assumed") if layout == "facebook" else ("2", "read"))
     assert encoder.facts["decoder predicts"] == ("pixels as they are", "read") and encoder.method == "mae"
-    model, masks = foreign.open_decoder(encoder), torch.zeros(16, dtype=torch.bool)
+    model, masks = mae.open_decoder(encoder), torch.zeros(16, dtype=torch.bool)
     masks[[1, 2, 5, 7, 11, 12, 13, 15]] = True
     with torch.inference_mode():
         x = VIT.patch_embed(NORMALIZED) + VIT.pos_embed[:, 1:]
@@ -295,10 +295,10 @@ def test_the_decoder_of_a_foreign_mae_is_kept_for_the_mim_attack(tmp_path, layou
         pixels = patches.reshape(3, 4, 4, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(3, 3, 32, 32)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoders.IMAGENET_MEAN, encoders.IMAGENET_STD))
         torch.testing.assert_close(model.reconstruct(IMAGES, masks), pixels * std + mean, rtol=0, atol=1e-4)
-        fresh = foreign.open_decoder(encoder, untrained_seed=0).reconstruct(IMAGES, masks)
+        fresh = mae.open_decoder(encoder, untrained_seed=0).reconstruct(IMAGES, masks)
         assert fresh.shape == IMAGES.shape and not torch.allclose(fresh, pixels * std + mean, atol=0.1)
     assert mim.compute_distances(model, IMAGES, n_masks=2).shape == (3, 2)
-    assert foreign.open_decoder(encoders.make("vit_nano_patch8_32")) is None
+    assert mae.open_decoder(encoders.make("vit_nano_patch8_32")) is None
 
 
 def test_a_folder_of_timm_is_read_by_its_config(tmp_path):

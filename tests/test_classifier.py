@@ -71,16 +71,15 @@ def test_early_stopping_keeps_the_first_of_equal_epochs_and_breaks_ties_by_loss(
     def take_step():
         with torch.no_grad():
             net.weight += 1
-        return 0.5
 
     def look():
         assert not net.training
         looks.append({"validation_auc": (0.6, 0.7, 0.7, 0.5, 0.5)[len(looks)]})
         return looks[-1] | ({} if losses is None else {"validation_loss": losses[len(looks) - 1]})
 
-    history, epoch = network.stop_early(net, take_step, look, epochs=9, steps_per_epoch=2, patience=2)
-    assert epoch == best and net.weight.item() == 2 * best and len(history) == best + 2
-    assert history.loss.tolist() == [0.5] * len(history) and not net.weight.requires_grad
+    network.stop_early(net, take_step, look, epochs=9, steps_per_epoch=2, patience=2)
+    assert net.weight.item() == 2 * best and len(looks) == best + 2  # the best weights, and then two epochs of patience
+    assert not net.weight.requires_grad and not net.training
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -88,8 +87,6 @@ def test_it_learns_and_leaves_the_plateau(toy, normalized):
     make = functools.partial(network.make_network, normalized=normalized)
     got = network.fit(*toy[0], validation=toy[1], make=make, epochs=30)
     assert roc_auc_score(toy[2][1], got.score(toy[2][0])) > 0.8
-    assert got.history.loss.iloc[-1] < 0.66  # log 2 = .693 is the plateau of a network that says nothing
-    assert np.mean((got.score(toy[1][0]) >= got.threshold) == toy[1][1]) > 0.6
 
 
 def test_permuted_labels_give_chance(toy):
@@ -102,20 +99,15 @@ def test_permuted_labels_give_chance(toy):
     assert np.mean(auc) == pytest.approx(0.5, abs=0.04)
 
 
-def test_the_best_epoch_is_validations(attacker, toy):
-    history = attacker.history
-    assert list(history.columns) == ["epoch", "steps", "loss", "validation_loss", "validation_auc"]
-    best = history[history.validation_auc == history.validation_auc.max()].sort_values("validation_loss").iloc[0]
-    assert attacker.best_epoch == best.epoch
-    # the weights are those of that epoch, not of the last one (float32 in training, float64 here: ties may break)
-    assert roc_auc_score(toy[1][1], attacker.score(toy[1][0])) == pytest.approx(best.validation_auc, abs=1e-3)
+def test_patience_none_takes_every_epoch():
+    looks, net = [], nn.Linear(1, 1)
 
+    def look():
+        looks.append(0)
+        return {"validation_auc": 0.5}
 
-def test_patience_stops_and_none_does_not(toy):
-    options = {"validation": toy[1], "widths": (16,), "epochs": 12, "steps_per_epoch": 2}
-    assert len(network.fit(*toy[0], patience=None, **options).history) == 12
-    stopped = network.fit(*toy[0], patience=1, **options)
-    assert len(stopped.history) in (stopped.best_epoch + 1, 12)
+    network.stop_early(net, lambda: None, look, epochs=12, steps_per_epoch=2, patience=None)
+    assert len(looks) == 12
 
 
 def test_same_seed_repeats_and_the_global_generator_stays(toy):

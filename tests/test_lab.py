@@ -175,7 +175,7 @@ def test_a_damaged_archive_is_one_line(lab):
 
 
 def test_shadow_knowledge_says_what_is_known(lab):
-    cross = lab.shadow_of("mae-target-s0", method="simclr")
+    cross = "simclr-shadow-s0"
     lab.run("partcrop", "mae-target-s0", knowledge="shadow", controls=False, **FEW)
     lab.run("partcrop", "mae-target-s0", shadow=cross, controls=False, **FEW)
     table = own(lab)

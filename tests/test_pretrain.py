@@ -10,7 +10,7 @@ from lightly.models.utils import patchify, unpatchify
 
 from mia_utils import pretrain
 from mia_utils.datasets import scenes
-from mia_utils.models import speed
+from mia_utils.models import backbones
 from mia_utils.pretrain import mae, moco, simclr
 from mia_utils.pretrain import run as run_module
 
@@ -244,7 +244,7 @@ def test_fast_products_train_by_the_same_losses(pictures, monkeypatch, name, cls
     settings = dict(epochs=3, batch_size=16, **TINY)
     try:
         pretrain.fit(name, pictures[0][:48], **settings)
-        speed.use_fast_products()
+        backbones.use_fast_products()
         pretrain.fit(name, pictures[0][:48], **settings)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -279,7 +279,6 @@ def test_a_planted_signal_is_found_and_members_score_higher(planted):
     score = planted.score(maps, image_ids=[f"new-{i}" for i in range(120)])
     assert score.dtype == np.float64 and score.shape == (120,)
     assert roc_auc_score(is_member, score) > 0.8
-    assert 1 <= planted.best_epoch <= len(planted.history) and np.isfinite(planted.threshold)
 
 
 def test_the_full_image_attacker_finds_it_too():

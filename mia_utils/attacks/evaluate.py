@@ -213,7 +213,7 @@ def _cross_fit(
         raise ValueError(f"attack {name!r} gave {wrong} scores that are not finite")
     kept = dict(score=score[rows], is_member=is_member[rows], image_ids=image_ids[rows].astype(str), fold=fold[rows])
     kept |= dict(groups=None if roles.groups is None else roles.groups[rows], threshold=threshold[rows])
-    return Result(name, control, role=np.full(rows.sum(), "report"), meta=meta, **kept)
+    return Result(name, control, meta=meta, **kept)
 
 
 def _learn(

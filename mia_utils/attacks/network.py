@@ -36,17 +36,10 @@ def make_network(n_features: int, *, widths: Sequence[int], seed: int, normalize
 
 @dataclass
 class Attacker:
-    """A fitted attacker; ``score >= threshold`` means member.
-
-    ``network`` maps (N, F) to logits (N, 1) in float64 with the weights of ``best_epoch`` (counted from 1): the highest
-    validation AUC, ties by loss. ``history`` is a DataFrame ``epoch, steps, loss, validation_loss, validation_auc``.
-    """
+    """A fitted attacker: ``network`` maps (N, F) to logits (N, 1) in float64 with the weights of its best epoch."""
 
     network: nn.Module
     n_features: int
-    history: Any
-    best_epoch: int
-    threshold: float = np.nan
 
     def score(self, features: np.ndarray | Tensor) -> np.ndarray:
         """Score images: (N, F) as in ``fit`` -> (N,) float64 logits, higher = more likely a member."""
@@ -83,7 +76,7 @@ def fit(
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     batches = draw_batches(y, batch_size, seeds.generator(seed, "classifier.batches"))
 
-    def take_step() -> float:
+    def take_step() -> None:
         idx, target = next(batches)
         loss = F.binary_cross_entropy_with_logits(network(x[idx])[:, 0], target)
         optimizer.zero_grad()
@@ -91,7 +84,6 @@ def fit(
         if max_norm is not None:
             nn.utils.clip_grad_norm_(network.parameters(), max_norm)
         optimizer.step()
-        return loss.item()
 
     def look() -> dict[str, float]:
         logit = network(x_val)[:, 0].double().numpy()
@@ -100,31 +92,29 @@ def fit(
         return {"validation_loss": float(balanced), "validation_auc": compute_auc(logit, y_val)}
 
     length = dict(epochs=epochs, steps_per_epoch=steps_per_epoch, patience=patience)
-    history, best_epoch = stop_early(network, take_step, look, **length)
-    attacker = Attacker(network.double(), x.shape[1], history, best_epoch)
-    attacker.threshold = pick_threshold(attacker.score(validation[0]), y_val)
-    return attacker
+    stop_early(network, take_step, look, **length)
+    return Attacker(network.double(), x.shape[1])
 
 
 def stop_early(
-    network: nn.Module, take_step: Callable[[], float], look: Callable[[], dict[str, float]], *, epochs: int,
+    network: nn.Module, take_step: Callable[[], None], look: Callable[[], dict[str, float]], *, epochs: int,
     steps_per_epoch: int, patience: int | None,
-) -> tuple[Any, int]:  # fmt: skip
+) -> None:  # fmt: skip
     """Train until validation stops improving; the network keeps the weights of its best epoch, frozen, in eval mode.
 
-    ``take_step()`` returns the loss of one optimizer step, ``look()`` ``validation_auc`` and, to break its ties,
-    ``validation_loss``. Returns the history and the best epoch, counted from 1.
+    ``take_step()`` takes one optimizer step, ``look()`` returns ``validation_auc`` and, to break its ties,
+    ``validation_loss``.
     """
     if min(epochs, steps_per_epoch, 1 if patience is None else patience) < 1:
         raise ValueError(f"expected epochs, steps_per_epoch and patience >= 1: {epochs}, {steps_per_epoch}, {patience}")
-    rows, best, best_epoch, best_state = [], None, 0, None
+    best, best_epoch, best_state = None, 0, None
     for epoch in range(1, epochs + 1):
         network.train()
-        total = sum(take_step() for _ in range(steps_per_epoch))
+        for _ in range(steps_per_epoch):
+            take_step()
         network.eval()
         with torch.inference_mode():
             seen = look()
-        rows.append({"epoch": epoch, "steps": epoch * steps_per_epoch, "loss": total / steps_per_epoch} | seen)
         key = seen["validation_auc"], -seen.get("validation_loss", 0.0)
         if best is None or key > best:
             best, best_epoch = key, epoch
@@ -133,9 +123,6 @@ def stop_early(
             break
     network.load_state_dict(best_state)
     network.eval().requires_grad_(False)
-    import pandas as pd  # of the book: audits run without it
-
-    return pd.DataFrame(rows), best_epoch
 
 
 def compute_auc(score: np.ndarray, is_member: np.ndarray) -> float:

@@ -9,8 +9,6 @@ are trained like the target, to the *target's epoch*; notebook 04 measures what 
 [2.0, 0.0]
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy import special, stats
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from mia_utils import seeds
 from mia_utils.attacks import query
-from mia_utils.attacks.network import check_features, check_sets, compute_auc, pick_threshold, stop_early
+from mia_utils.attacks.network import check_features, check_sets, compute_auc, stop_early
 from mia_utils.datasets import VOID
 from mia_utils.models import views
 from mia_utils.models.outputs import change_posteriors
@@ -224,9 +224,6 @@ class PatchAttacker:
     labels_last: bool
     seed: int
     shape: tuple[int, ...]
-    history: Any = None
-    best_epoch: int = 0
-    threshold: float = math.nan
 
     def score(self, features: np.ndarray | Tensor, *, image_ids: Sequence[str]) -> np.ndarray:
         """Sum of member minus non-member logit over patches keyed by ``image_ids``: (N,) float64, higher = member."""
@@ -285,7 +282,7 @@ def fit(
     target = torch.tensor([1] * per_class + [0] * per_class, device=device)
     room = np.array([height - size[0] + 1, width - size[1] + 1])
 
-    def take_step() -> float:
+    def take_step() -> None:
         picked = np.concatenate([rng.choice(idx, per_class, replace=False) for idx in classes])
         corners = torch.from_numpy((rng.random((len(picked), 1, 2)) * room).astype(np.int64))
         patches = gather_patches(maps[picked].to(device), corners, size)[:, 0].float()  # (B, C', h, w)
@@ -295,12 +292,10 @@ def fit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()
 
     def look() -> dict[str, float]:
         return {"validation_auc": compute_auc(attacker.score(x_val, image_ids=validation_ids), y_val)}
 
     length = dict(epochs=epochs, steps_per_epoch=steps_per_epoch, patience=patience)
-    attacker.history, attacker.best_epoch = stop_early(model, take_step, look, **length)
-    attacker.threshold = pick_threshold(attacker.score(x_val, image_ids=validation_ids), y_val)
+    stop_early(model, take_step, look, **length)
     return attacker

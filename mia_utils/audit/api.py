@@ -1,7 +1,5 @@
 """Models behind an API: ``mia-audit views`` writes what to send, ``mia-audit outputs`` audits what came back."""
 
-from __future__ import annotations
-
 import csv
 import json
 import zipfile

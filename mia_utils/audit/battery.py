@@ -6,8 +6,6 @@ where nothing leaks, and a score depends on the pixels alone, never on side, nam
 trained anew every time: kernel ridge regression is linear in the labels, so 10,000 trainings are one matrix product.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import time

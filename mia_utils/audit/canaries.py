@@ -1,7 +1,5 @@
 """Audits that prove: random twins of published images, made before the training (Zhang et al., arXiv 2409.19798)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import secrets

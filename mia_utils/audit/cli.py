@@ -1,7 +1,5 @@
 """The command line ``mia-audit``; arguments are checked before torch is imported."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import json
@@ -36,29 +34,24 @@ def to_pair(key: str, value: str) -> tuple[str, Any]:
         return key, value
 
 
-def to_size(height: str, width: str | None) -> int | tuple[int, int]:
-    """A side, or height and width."""
-    return int(height) if width is None else (int(height), int(width))
-
-
-def to_seconds(number: str, unit: str) -> float:
-    """Seconds of a number and a unit."""
-    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
-
-
-def to_colors(text: str) -> tuple[float, ...]:
-    """One number per channel."""
-    values = [float(part) for part in text.split(",")]
-    return tuple(values * 3 if len(values) == 1 else values)
-
-
 def to_names(text: str) -> list[str]:
     """``auto`` -> [], else names between commas."""
     return [] if text == "auto" else [name.strip() for name in text.split(",") if name.strip()]
 
 
 PAIRS = dict(type=make_type("KEY=VALUE", r"([a-zA-Z_]\w*)=(.*)", to_pair), action="append", default=[], metavar="K=V")
-COLORS = make_type("one number or three between commas", rf"{NUMBER}(?:,{NUMBER},{NUMBER})?", to_colors)
+COLORS = make_type(
+    "one number or three between commas", rf"{NUMBER}(?:,{NUMBER},{NUMBER})?",
+    lambda text: tuple(map(float, text.split(","))) * (3 if "," not in text else 1),
+)  # fmt: skip
+SIZE = make_type(
+    "pixels or HEIGHTxWIDTH", r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?",
+    lambda height, width: int(height) if width is None else (int(height), int(width)),
+)  # fmt: skip
+TIME = make_type(
+    "for example 90s, 10min or 1h", r"(0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*)(s|min|h)",
+    lambda number, unit: float(number) * {"s": 1, "min": 60, "h": 3600}[unit],
+)  # fmt: skip
 COUNT = make_type("a number of at least 1 (and at most 99999)", r"0*[1-9]\d{0,4}", int)
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": dict(help="folder or file of weights, timm:NAME, or FILE.py:function that returns what wrap() makes"),
@@ -73,10 +66,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--std": dict(type=COLORS),
     "--weights": dict(help="auto, ema, teacher, student, or a key of the file"),
     "--pooling": dict(choices=("cls", "mean")),
-    "--size": dict(
-        type=make_type("pixels or HEIGHTxWIDTH", r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", to_size),
-        help="pixels, or HEIGHTxWIDTH (default: the model's; of views 224)",
-    ),
+    "--size": dict(type=SIZE, help="pixels, or HEIGHTxWIDTH (default: the model's; of views 224)"),
     "--void": dict(type=make_type("an id of pixels", r"\d{1,3}", int), help="id of unlabeled pixels in masks"),
     "--device": dict(help="cpu, cuda, cuda:1 (default: a GPU where there is one)"),
     "--attack": dict(type=to_names, default=[], metavar="NAMES", help="auto (the battery), or names"),
@@ -92,10 +82,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         help="p-values up to this count (default .01)",
     ),
     "--seed": dict(type=int),
-    "--budget": dict(
-        type=make_type("for example 90s, 10min or 1h", r"(0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*)(s|min|h)", to_seconds),
-        help="time for all attacks: 90s, 10min, 1h; the dearest are left out",
-    ),
+    "--budget": dict(type=TIME, help="time for all attacks: 90s, 10min, 1h; the dearest are left out"),
     "--n": dict(type=COUNT, default=10, help="views of an image"),
     "-k": dict(type=COUNT, default=20, help="twins of an image, of which one is published"),
     "--out": dict(

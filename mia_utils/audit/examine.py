@@ -1,7 +1,5 @@
 """One call for every model: open it, read two sets of images, pass the gates, try the attacks, report."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import time
@@ -22,8 +20,8 @@ from mia_utils.audit import battery, gates
 from mia_utils.audit.record import SHOWN, Report
 from mia_utils.datasets import VOID, folders, pairs
 from mia_utils.models import encoders, segmenters
+from mia_utils.models.backbones import use_fast_products
 from mia_utils.models.checkpoints import READ, read_safetensors
-from mia_utils.models.speed import use_fast_products
 from mia_utils.protocol import metrics
 from mia_utils.protocol.intervals import leaves_half
 from mia_utils.protocol.result import Result
@@ -104,12 +102,12 @@ def open_subject(model: Any, *, task: str = "auto", device: str | None = None, *
 def _open_decoder(subject: Subject) -> None:
     """Open the decoder that an MAE checkpoint kept, and one with fresh weights."""
     try:
-        from mia_utils.pretrain import foreign  # its modules are the book's: an audit runs without them
+        from mia_utils.pretrain import mae  # its modules are the book's: an audit runs without them
     except ModuleNotFoundError as error:
         subject.facts["decoder"] = (f"not opened: the MIM attack needs {error.name}, of the extra book", READ)
         return
-    subject.decoder = foreign.open_decoder(subject.model)
-    subject.fresh_decoder = foreign.open_decoder(subject.model, untrained_seed=0)
+    subject.decoder = mae.open_decoder(subject.model)
+    subject.fresh_decoder = mae.open_decoder(subject.model, untrained_seed=0)
 
 
 def _holds_segmenter(path: Path) -> bool:

@@ -3,8 +3,6 @@
 Every gate is judged two-sided and at the level of the audit; one that separates makes the audit invalid and says why.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

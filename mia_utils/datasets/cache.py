@@ -1,7 +1,5 @@
 """Arrays on disk: npz caches, and memory maps of folders that memory does not hold."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -39,7 +37,7 @@ class MappedImages(np.lib.mixins.NDArrayOperatorsMixin):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: Any) -> np.ndarray | MappedImages:
+    def __getitem__(self, index: Any) -> "np.ndarray | MappedImages":
         if isinstance(index, tuple) and index and isinstance(index[0], (int, np.integer)):  # pixels of one image
             return self[index[0]][index[1:]]
         if isinstance(index, tuple) or np.ndim(rows := self.rows[index]) > 1:

@@ -1,7 +1,5 @@
 """CamVid: 701 frames of five drives with label maps, from the archive of the SegNet tutorial (187 MB)."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any

@@ -3,8 +3,6 @@
 Every file is turned as its EXIF orientation says, and what is transparent is put on white.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

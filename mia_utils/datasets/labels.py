@@ -6,8 +6,6 @@ them. What is left empty has no honest counterpart and becomes void. Mapillary V
 Cityscapes' definitions: parking, rail tracks, bridges, guard rails, backs of signs, trailers are left out of the 19.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Images with label maps: folders of pairs of your own, and the reading that all segmentation sets share."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The pool: images, labels and ids as every source returns them and every experiment takes them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -91,7 +89,7 @@ class Pool:
                 digest.update(np.ascontiguousarray(value[start : start + 256]))
         return digest.hexdigest()
 
-    def take(self, index: np.ndarray) -> Pool:
+    def take(self, index: np.ndarray) -> "Pool":
         """Return the pool of the images at ``index`` (int positions or a bool mask), in that order."""
         return replace(self, **{key: value[index] for key, value in self.arrays.items() if ARRAYS[key][1][0] == "N"})
 

@@ -1,7 +1,5 @@
 """``load(name)``: the cache ``<root>/<name>.npz`` (array names of ``Pool``), else the source, which is then cached."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import re

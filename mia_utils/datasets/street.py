@@ -1,7 +1,5 @@
 """Street scenes that need an account at their owners: Cityscapes, BDD100K, Mapillary Vistas; folders you place."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tiny ImageNet as its archive is unpacked: 64 x 64, 200 classes, 100,000 train and 10,000 val images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ An archive that lies in the data folder is used and not downloaded again. torchv
 each function does it. All return the arrays of a ``Pool``.
 """
 
-from __future__ import annotations
-
 import pickle
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 No code of a file is ever run. What its keys mean is told in ``layouts``.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

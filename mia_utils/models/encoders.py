@@ -4,8 +4,6 @@
 ``make`` and ``make_untrained`` give fresh weights.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,14 +44,14 @@ class Encoder:
         min_size: smaller inputs are resized up to it.
         n_tokens, dim: L and D at ``shape``.
         module: the torch module, or ``None`` for a wrapped callable.
-        facts: what is known of it; decoder: what an MAE checkpoint kept of it, for ``pretrain.foreign.open_decoder``.
+        facts: what is known of it; decoder: what an MAE checkpoint kept of it, for ``pretrain.mae.open_decoder``.
     """
 
     def __init__(
         self, tokens: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None, *, name: str, input_size: Size,
         min_size: int, mean: Sequence[float], std: Sequence[float], pooling: str = "mean", arch: str | None = None,
         method: str | None = None, module: nn.Module | None = None, vector: Callable[[Tensor], Tensor] | None = None,
-        fixed: bool = False, weights: nn.Module | None = None, remake: Callable[[int], Encoder] | None = None,
+        fixed: bool = False, weights: nn.Module | None = None, remake: "Callable[[int], Encoder] | None" = None,
         facts: Facts | None = None,
     ):  # fmt: skip
         self._forward, self._vector, self._remake = tokens, vector, remake
@@ -112,7 +110,7 @@ class Encoder:
             raise ValueError(f"{self.name} has no class token: use pooling='mean'")
         return cls.float()
 
-    def to(self, device: str | torch.device) -> Encoder:
+    def to(self, device: str | torch.device) -> "Encoder":
         """Move the module to a device; returns self."""
         if self.module is not None:
             self.module.to(device)

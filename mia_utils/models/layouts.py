@@ -4,8 +4,6 @@ Known: timm, DINO, DINOv2 (chunks, LayerScale, registers), MoCo, I-JEPA, iBOT, l
 transformers ViT, ViTMAE, DeiT, DINOv2 and BEiT in both of their layouts, CLIP towers where the architecture is given.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -114,7 +112,7 @@ def _translate(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Ten
 
 
 def take_decoder(checkpoint: Checkpoint, prefix: str, facts: Facts) -> dict[str, Any] | None:
-    """The decoder that an MAE keeps beside its encoder: arguments of ``pretrain.foreign``; None where there is none."""
+    """The decoder that an MAE keeps beside its encoder, for ``pretrain.mae.open_decoder``; None where there is none."""
     key = re.compile(re.escape(re.sub(r"vit\.$", "", prefix)) + r"(?:decoder\.)?(decoder_.+|mask_token)$")
     found = {match[1]: value.float() for name, value in checkpoint.tensors.items() if (match := key.match(name))}
     state = _translate(found, LAYOUTS["transformers"][1] | _DECODER)

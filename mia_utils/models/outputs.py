@@ -1,7 +1,5 @@
 """Output defenses: :func:`perturb` changes what a trained model outputs and keeps its interface."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable

@@ -4,8 +4,6 @@ U-Net, UPerNet, PSPNet and DeepLabV3+ come from segmentation-models-pytorch on c
 ``pretrain.segmentation``); anything else that gives logits or posteriors is wrapped.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

@@ -4,8 +4,6 @@ A crop with antialiased bicubic resizing is linear in the image, so all crops of
 (one along the width, one along the height) whose weights depend on the boxes only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,7 +1,5 @@
 """What ``encoders.wrap`` needs: modules behind a callable, eval mode around a call, outputs of common libraries."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

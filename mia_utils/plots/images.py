@@ -1,7 +1,5 @@
 """One drawing for everything that is not a plot: images and heat maps in a grid."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from typing import Any

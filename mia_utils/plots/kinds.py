@@ -12,8 +12,6 @@ Args:
     named: ``title, name, paper, expect, caption`` of :func:`mia_utils.plots.finish`.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable
 from typing import Any

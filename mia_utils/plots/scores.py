@@ -1,7 +1,5 @@
 """Kinds of plot that need the scores behind a row of the results table: ROC curves and histograms."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Colors, names and the way a figure is written: one look for the whole book."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

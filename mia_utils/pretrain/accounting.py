@@ -4,8 +4,6 @@ Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1; Renyi accountant (Mir
 opacus, which is imported where it is used because that takes seconds.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 

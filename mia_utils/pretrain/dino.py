@@ -4,8 +4,6 @@ Source: Caron et al. 2021 (arXiv 2104.14294); loss and head from lightly. Ours: 
 (released: .2), blur of half of all views (released: all first, a tenth of the second, half of the local ones).
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

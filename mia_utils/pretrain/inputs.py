@@ -1,7 +1,5 @@
 """What a training step sees: batches of images, on the device or streamed from disk, and their views in float32."""
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator

@@ -5,8 +5,6 @@ processes (``torchrun``) take equal parts of every batch and draw the numbers of
 model of a single one, but batch norm on a CPU and the valid pixels of segmenters are those of each process's own part.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

@@ -1,7 +1,5 @@
 """What the methods share: the shape that the loop knows, and the vector that a method without class token trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,8 +5,6 @@ v3 (Chen, Xie, He 2021, arXiv 2104.02057, Algorithm 1) contrasts within the batc
 momentum from lightly; it has no loss for v3, and its queue is no part of a state, so no training could be resumed.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

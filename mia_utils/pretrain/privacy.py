@@ -5,8 +5,6 @@ batches, noise and augmentation come from streams named by the step. (The seed t
 it from a secret source. The losses in ``history`` are measured without noise; they would not be released.)
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Methods of training by name: ``METHODS`` maps it to (class, defaults); ``register`` adds one from outside."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """What a training leaves: ``Run`` (checkpoints and history), and while it runs its ``ResumeFile``."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle
@@ -93,7 +91,7 @@ class Run:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, *, settings: dict, seconds: float = 0.0, utility: dict | None = None) -> Run:
+    def load(cls, folder: str | Path, *, settings: dict, seconds: float = 0.0, utility: dict | None = None) -> "Run":
         """Read what ``save`` wrote; ``settings`` are those of the run (artifacts keep them in meta.json)."""
         files = sorted(Path(folder).glob("epoch-*.safetensors"))
         states = {int(file.stem.split("-")[1]): load_file(str(file)) for file in files}

@@ -1,7 +1,5 @@
 """Training of segmenters: cross-entropy over valid pixels, and the regularizers that may defend against attacks."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -106,7 +104,7 @@ class Segmentation(Method):
             backbone.decoder.register_forward_pre_hook(_drop_features)
 
     @classmethod
-    def build(cls, network: str, arch: str, *, n_classes: int, seed: int = 0, **options: Any) -> Segmentation:
+    def build(cls, network: str, arch: str, *, n_classes: int, seed: int = 0, **options: Any) -> "Segmentation":
         """Build a network of ``segmenters.ARCHS`` on the encoder ``arch``; ``options`` also of ``make_network``."""
         training = {key: options.pop(key) for key in TRAINING_OPTIONS if key in options}
         make_one = functools.partial(segmenters.make_network, network, n_classes, encoder=arch, **options)

@@ -3,8 +3,6 @@
 Source: Chen et al. 2020 (arXiv 2002.05709); loss and head from lightly.
 """
 
-from __future__ import annotations
-
 import torch
 from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead

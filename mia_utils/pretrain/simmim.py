@@ -3,8 +3,6 @@
 Source: Xie et al. 2022 (arXiv 2111.09886): mask token at the patch embedding, one linear head, L1 on hidden pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

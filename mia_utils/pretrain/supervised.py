@@ -1,7 +1,5 @@
 """A supervised row beside the self-supervised ones: cross-entropy on the labels of the members."""
 
-from __future__ import annotations
-
 from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

@@ -5,8 +5,6 @@ non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201). *untrained*
 weights. *permuted*: the attack on labels that are permuted within each role, the evaluation set's included.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

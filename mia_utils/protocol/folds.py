@@ -4,8 +4,6 @@ scikit-learn's folds balance classes on average and, with groups, greedily; here
 differ by at most one image, because what the class alone tells would enter the AUC.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 Intervals hold on small sets; the AUC's interval and every verdict come from :mod:`intervals`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ are sorted once. With folds (cross-fitting) the ROCs of the folds are averaged: 
 against each other.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

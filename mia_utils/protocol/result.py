@@ -1,7 +1,5 @@
 """What an attack hands back: scores of images it was never trained on, with everything a table needs."""
 
-from __future__ import annotations
-
 import functools
 import json
 from dataclasses import dataclass, field
@@ -11,7 +9,7 @@ import numpy as np
 
 from mia_utils.protocol import metrics, resampling
 
-_ARRAYS = ("score", "is_member", "image_ids", "role", "fold", "groups", "threshold")  # saved fields of a Result
+_ARRAYS = ("score", "is_member", "image_ids", "fold", "groups", "threshold")  # saved fields of a Result
 
 
 @dataclass(eq=False)
@@ -23,14 +21,13 @@ class Result:
     score: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64, higher = more likely a member
     is_member: np.ndarray = field(default_factory=lambda: np.empty(0, bool))  # of the permuted control: as permuted
     image_ids: np.ndarray = field(default_factory=lambda: np.empty(0, str))
-    role: np.ndarray = field(default_factory=lambda: np.empty(0, str))  # all "report"
     # the attacker that scored the image: scores of different attackers never share one ROC; 0 if nothing is trained
     fold: np.ndarray = field(default_factory=lambda: np.empty(0, int))
     groups: np.ndarray | None = None  # what the bootstrap resamples as a whole
     # flagged as member at or above; chosen without the image, on attack-validation images (known ones if none is fit)
     threshold: np.ndarray | None = None
     meta: dict = field(default_factory=dict)  # knowledge, protocol, parameters; "reason" says why a result is empty
-    controls: dict[str, Result] = field(default_factory=dict)  # no-model, untrained and permuted beside an attack
+    controls: dict[str, "Result"] = field(default_factory=dict)  # no-model, untrained and permuted beside an attack
 
     @functools.cached_property
     def inputs(self) -> list[resampling.Scores]:
@@ -67,7 +64,7 @@ class Result:
         return arrays
 
     @classmethod
-    def unpack(cls, arrays: dict[str, np.ndarray]) -> Result:
+    def unpack(cls, arrays: dict[str, np.ndarray]) -> "Result":
         """Make the result that :meth:`pack` described."""
 
         def read(prefix: str) -> Result:

@@ -1,7 +1,5 @@
 """Who is a member, who is a non-member (``draw``), and which of them an attacker may learn from (``Split.roles``)."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -128,7 +126,7 @@ class Split:
         paths.write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
 
     @classmethod
-    def load(cls, path: str | Path) -> Split:
+    def load(cls, path: str | Path) -> "Split":
         """Read a split; a one-line error if there is none or its content does not have the hash stored in it."""
         path = Path(path)
         if not path.is_file():

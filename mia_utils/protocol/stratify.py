@@ -1,7 +1,5 @@
 """Stratified random assignment to roles: of single images exactly, of whole groups as well as they add up."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -4,8 +4,6 @@ Identity is what a result depends on (kind, parameters, seed, data, RECIPE of th
 seconds are provenance: recorded, never compared. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -1,7 +1,5 @@
 """Runs a plan: Snakemake orders the jobs and keeps the workers busy, this says what happens and what came of it."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fcntl

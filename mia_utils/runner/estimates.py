@@ -1,7 +1,5 @@
 """What a profile will cost: seconds of a CPU thread, or hours of a GPU (counted, never measured there)."""
 
-from __future__ import annotations
-
 import functools
 import math
 import time
@@ -69,11 +67,6 @@ def estimate_seconds(row: Row, profile: Profile) -> float:
     if row.method in SEGMENTERS:  # encoders see images at their own size, a segmenter at that of the profile
         cost *= math.prod(_get_size(profile, row.dataset)) / 32**2
     return ROW_SECONDS + row.n_train * row.epochs * cost
-
-
-def estimate_bytes(row: Row) -> float:
-    """Estimate the bytes of a row's artifact: float32 weights times the checkpoints kept."""
-    return ARCH_COST.get(row.arch, (20.0, 20.0))[1] * 1e6 * 4 * CHECKPOINTS
 
 
 def estimate_gpu_seconds(row: Row, profile: Profile) -> float:

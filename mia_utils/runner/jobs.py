@@ -4,8 +4,6 @@
 ``build/<profile>/logs/JOB.log`` and its outcome to ``build/<profile>/status/JOB.json``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Move what a profile trained to another machine: one tar file of artifacts, scores and generated images."""
 
-from __future__ import annotations
-
 import shutil
 import tarfile
 import tempfile
@@ -27,15 +25,9 @@ def pack(profile: str, file: Path) -> int:
     def write(handle) -> None:
         with tarfile.open(fileobj=handle, mode="w") as tar:
             for name, path in sorted(sources.items()):
-                tar.add(path, name, filter=_forget_owner)
+                tar.add(path, name, filter=lambda e: e.replace(uid=0, gid=0, uname="", gname="", deep=False))
 
     return paths.write_atomic(file, write).stat().st_size
-
-
-def _forget_owner(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    entry.uid = entry.gid = 0
-    entry.uname = entry.gname = ""
-    return entry
 
 
 def unpack(file: Path) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """Parameters of notebooks: the literals of the tagged cell are the defaults, a profile replaces some of them."""
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path

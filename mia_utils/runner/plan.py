@@ -3,8 +3,6 @@
 Nothing here imports torch, except the estimate for a GPU: mistakes and ``--plan`` come at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import heapq
@@ -81,7 +79,8 @@ class Plan:
     @property
     def n_bytes(self) -> float:
         """Disk that the models to train will take."""
-        return sum(map(estimates.estimate_bytes, self.missing))
+        weights = sum(estimates.ARCH_COST.get(row.arch, (20.0, 20.0))[1] for row in self.missing)
+        return weights * 1e6 * 4 * estimates.CHECKPOINTS  # in float32
 
 
 def find_end(graph: dict[str, dict[str, Any]], workers: int) -> float:
@@ -173,7 +172,8 @@ def check_rows(profile: Profile, rows: list[Row]) -> None:
         official = "official" in (suffix, profile.get_split(row.dataset).get("rule"))
         if official and "official_split" not in has:
             raise ValueError(f"model {row.id}: rule 'official': data set {row.dataset} has no official split: use iid")
-        if "masks" not in has and (row.method in profiles.SEGMENTERS or suffix not in ("", "frames", "official", "part")):
+        divided = suffix in ("", "frames", "official", "part")
+        if "masks" not in has and (row.method in profiles.SEGMENTERS or not divided):
             raise ValueError(f"model {row.id}: {suffix or row.method} needs label maps, {row.dataset} has none")
         size = profile.datasets[row.dataset].get("size")
         recipe = str((row.method, row.arch, row.augmentation, row.options, size, row.n_train, row.epochs))

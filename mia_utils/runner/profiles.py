@@ -4,8 +4,6 @@ A profile is one file ``profiles/<name>.yaml``; every trained model is one row o
 imports torch, so that ``--plan`` and every complaint about a profile come at once.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

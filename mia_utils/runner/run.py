@@ -4,8 +4,6 @@
 before a command needs it: mistakes and ``--plan`` come at once.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -163,8 +161,6 @@ def main(argv: list[str] | None = None) -> int:
         starts_with_profile = arguments and not arguments[0].startswith("-")
         return run_profile(arguments if starts_with_profile else ["quick", *arguments])
     except (ValueError, OSError) as error:
-        if os.environ.get("MIA_DEBUG"):
-            raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -40,7 +40,7 @@ def spec_of(profile: Profile, row: Row) -> dict[str, Any]:
 def load_pool(profile: Profile, dataset: str) -> Pool:
     """Load a data set with the arguments the profile gives it; from here on products have the CPU's own speed."""
     from mia_utils import datasets
-    from mia_utils.models.speed import use_fast_products
+    from mia_utils.models.backbones import use_fast_products
 
     use_fast_products()  # whoever builds models of a profile loads its images before
     return datasets.load(dataset, **profile.datasets.get(dataset, {}))
@@ -74,13 +74,10 @@ def measure_utility(encoder, pool: Pool, split: Split, *, seed: int = 0) -> dict
     with torch.inference_mode():
         vectors = [encoder.embed(datasets.to_float(pool.images[chunk])).float().cpu() for chunk in chunks]
     vectors, labels = torch.cat(vectors).numpy(), pool.labels[outside]
-    knn = KNeighborsClassifier(min(20, n_fit), metric="cosine").fit(vectors[:n_fit], labels[:n_fit])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)).fit(
-        vectors[:n_fit], labels[:n_fit]
-    )
-    return {
-        name: float(model.score(vectors[n_fit:], labels[n_fit:])) for name, model in (("knn", knn), ("probe", probe))
-    }
+    models = {"knn": KNeighborsClassifier(min(20, n_fit), metric="cosine")}
+    models["probe"] = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
+    fitted = {name: model.fit(vectors[:n_fit], labels[:n_fit]) for name, model in models.items()}
+    return {name: float(model.score(vectors[n_fit:], labels[n_fit:])) for name, model in fitted.items()}
 
 
 def measure_segmenter(segmenter, pool: Pool, members: np.ndarray, nonmembers: np.ndarray) -> dict[str, float]:
@@ -204,7 +201,7 @@ def load_run(folder: Path) -> Run:
     from safetensors import SafetensorError
 
     from mia_utils import pretrain
-    from mia_utils.models.speed import use_fast_products
+    from mia_utils.models.backbones import use_fast_products
 
     use_fast_products()
     artifacts.verify(folder)

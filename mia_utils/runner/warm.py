@@ -4,8 +4,6 @@ A run starts one server that has imported everything; a call is a fork of it wit
 folder and output. Where there is no server (another node, a single job), the module simply runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

@@ -8,8 +8,6 @@ A scene shows the same thing at every size; only the sensor noise and the stroke
 float64 rounding differences between processors practically never reach a pixel: a pool has one hash on all machines.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

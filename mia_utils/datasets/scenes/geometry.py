@@ -4,8 +4,6 @@ A local point q = (x, y, z, 1) lies at ``poses[k] @ q`` in the world, and in the
 ``q @ quadrics[k] @ q <= 0``. A block has planes only, a ball a quadric only, a rod both.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Textures of generated scenes: two colors, a pattern that mixes them, and noise; and the dice that draw them."""
 
-from __future__ import annotations
-
 import colorsys
 import math
 

@@ -3,8 +3,6 @@
 x is where the object looks to, y is up, z points to the camera at yaw 0.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

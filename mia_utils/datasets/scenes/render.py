@@ -1,7 +1,5 @@
 """Rendering of generated scenes: place, trace, texture, light, and the noise of a sensor or the strokes of a pencil."""
 
-from __future__ import annotations
-
 import colorsys
 import math
 from functools import lru_cache
