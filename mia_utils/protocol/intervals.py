@@ -90,10 +90,10 @@ def format_value(value: float | None, digits: int = 2) -> str:
     return re.sub(r"^(-?)0\.", r"\1.", f"{round(float(value), digits) + 0.0:.{digits}f}")  # + 0: no -.00
 
 
-def format_interval(value: float, low: float, high: float) -> str:
+def format_interval(value: float, low: float, high: float, digits: int = 2) -> str:
     """Print ``.81 [.76, .86]``, or the value alone where it has no interval."""
-    ends = f" [{format_value(low)}, {format_value(high)}]" if np.isfinite(low) else ""
-    return format_value(value) + ends
+    ends = f" [{format_value(low, digits)}, {format_value(high, digits)}]" if np.isfinite(low) else ""
+    return format_value(value, digits) + ends
 
 
 def judge_controls(
