@@ -72,7 +72,7 @@ def parts(rows: pd.DataFrame, gap: Callable[[Any, Any], Any] | None = None) -> s
 def reference(rows: pd.DataFrame) -> str:
     """Say what a reference model adds at the end of each schedule, on the encoders that saw most images."""
     rare = rows.query("study == 'rates' and control == '' and augmentation == 'none'")
-    rare = rare[rare["epochs"] == rare["epochs"].max()].sort_values("reference", na_position="last")["tpr_at_01"]
+    rare = rare[rare["epochs"] == rare["epochs"].max()].sort_values("reference", na_position="last")
     rows, said = rows.query("study == 'grid' and checkpoint == epochs"), []
     rows = rows[rows["n_train"] == rows.groupby("epochs")["n_train"].transform("max")]
     for (epochs, n), trained in rows.groupby(["epochs", "n_train"]):
@@ -85,8 +85,8 @@ def reference(rows: pd.DataFrame) -> str:
         said += [f"{n:,.0f} images, {epochs:,.0f} epochs: {'; '.join(pairs)}."] if pairs else []
     if not said:
         return ""
-    if len(rare) == 2 and rare.notna().all():
-        said.append(f"TPR at .1 % FPR there: whole images {', '.join(map(format_value, rare))}.")
+    if len(rare) == 2:
+        said.append(f"TPR at .1 % FPR there: whole images {', '.join(map(format_value, rare['tpr_at_01']))}.")
     text = "**What does a reference model find?** MIM attack on MAE, AUC with one, without, and utility. "
     return f"{text}{' '.join(said)} *Control*: no model {_say_blind(rows)}."
 

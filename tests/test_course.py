@@ -202,7 +202,7 @@ def test_ranks_among_nonmembers_agree_with_the_auc():
     is_member = np.arange(n) % 2 == 0
     ids = np.array([f"image-{i}" for i in range(n)])
     result = Result("partcrop", score=rng.normal(size=n) + is_member, is_member=is_member, image_ids=ids,
-                    role=np.full(n, "report"), fold=np.arange(n) % 5)  # fmt: skip
+                    fold=np.arange(n) % 5)  # fmt: skip
     # the mean rank of the members among the non-members of their fold is the AUC (folds are of one size)
     assert np.isclose(course.rank_among_nonmembers(result, ids[is_member]).mean(), result.auc, atol=1e-9)
     assert np.isclose(course.rank_among_nonmembers(result, ids[~is_member]).mean(), 0.5)

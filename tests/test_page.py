@@ -195,6 +195,9 @@ def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
     assert "utility. 8,192 images, 250 epochs: whole images .80 [.75, .85], .60 [.55, .65], .40. 2,048" in said
     assert "2,048 images, 1,000 epochs: whole images .80 [.75, .85], .60 [.55, .65], .44. *Control*" in said
     assert "no model .51." in said and ".10" not in said
+    rare = [r | dict(study="rates", tpr_at_01=rate) for r, rate in zip(longer, (0.01, 0.45), strict=True)]
+    said = findings.say_all(pd.DataFrame([*longer, blind, *rare]))
+    assert ".44. TPR at .1 % FPR there: whole images .45, .01. *Control*" in said
     crops = [r | dict(augmentation="crop", auc=r["auc"] - 0.1) for r in (plain, aided)]
     said = findings.say_all(pd.DataFrame([plain, aided, *crops, blind]))
     assert ".60 [.55, .65], .40; strong crops .70 [.75, .85], .50" in said
