@@ -37,6 +37,7 @@ WORDS = (  # left column of the table of words, whole words; what may stand is b
     r"strangers?|pictures?|(?-i:he|him|his)|films?|betrays?|by heart|glows?|dealt|by lot|dealings?|blind ladder|rungs?"
     r"|untrained twins?|void|holds \.5|could have seen|turned around|accused|false alarms|share found|the truth"
     r"|true classes|what it is good for|pays for its controls|put to rest|a wish|own decoder|is asked|victims?|grey"
+    r"|remembers?|turned round|accus(?:e|es|ing|ation|ations)|good for something"
 )
 ALLOWED = {"00": {"stranger", "strangers"}, "06": {"victim"}, "08": {"false alarms"}}  # the statistical term in 08
 HEAVY = {"torch", "torchvision", "timm", "lightly", "opacus"}  # what only cells tagged run may import
