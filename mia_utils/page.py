@@ -133,8 +133,8 @@ def read_chapters() -> list[dict[str, str]]:
 def list_catalog(figures: list[dict[str, Any]]) -> pd.DataFrame:
     """Return which item of which paper each figure regenerates, as the figures themselves say."""
     said = [(item, f["name"]) for f in figures if f["paper"] for item in f["paper"].split(";")]
-    pairs = [([part.strip() for part in item.split(":", 1)], name) for item, name in said]
-    rows = [(*(part if len(part) == 2 else ("this book", *part)), name) for part, name in pairs]
+    parts = [(*item.rpartition(":")[::2], name) for item, name in said]
+    rows = [(paper.strip() or "this book", what.strip(), name) for paper, what, name in parts]
     rows += [(paper, f"content not among our sources: {what}", "") for paper, what in UNKNOWN.items()]
     table = pd.DataFrame(rows, columns=["paper", "item", "figure"])
     return table.sort_values("paper", kind="stable", ignore_index=True)

@@ -17,6 +17,7 @@ import pandas as pd
 
 from mia_utils import paths
 from mia_utils.protocol import intervals, metrics
+from mia_utils.protocol.metrics import RATES
 from mia_utils.protocol.result import Result
 
 # what an experiment is; attack parameters (n_crops, n_masks, query_augmentation ...) join them
@@ -27,7 +28,6 @@ FACTS = (
 ).split()
 MEASURED = "auc auc_low auc_high auc_se minimum_detectable accuracy balanced_accuracy precision recall f1".split()
 MEASURED += ["n_members", "n_nonmembers"]  # fields of metrics.Result
-RATES = {0.1: "tpr_at_10", 0.01: "tpr_at_1", 0.001: "tpr_at_01"}  # TPR at 10, 1 and .1 % FPR
 MEANS = "utility utility_untrained knn miou miou_members train_seconds queries".split()  # over seeds
 NUMBERS = [*MEASURED, "p", *MEANS, *(f"{name}{end}" for name in RATES.values() for end in ("", "_low", "_high"))]
 PARAMETERS = {  # attack parameters whose plain name says something else about the target

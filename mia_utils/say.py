@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from mia_utils.plots.style import format_interval, format_value, label_of
+from mia_utils.protocol.metrics import RATES
 
 
 def attacks(table: pd.DataFrame) -> pd.DataFrame:
@@ -76,15 +77,15 @@ def best(table: pd.DataFrame, by: str = "attack") -> str:
 def found(table: pd.DataFrame, by: str = "method") -> str:
     """How many members are found at the lowest false positive rate that can be measured, best and worst of ``by``."""
     own = attacks(table)
-    rates = {"tpr_at_01": ".1", "tpr_at_1": "1", "tpr_at_10": "10"}
-    name = next((name for name in rates if name in own and own[name].notna().any()), "")
-    if not name:
+    rate = next((rate for rate in sorted(RATES) if RATES[rate] in own and own[RATES[rate]].notna().any()), None)
+    if rate is None:
         return "Too few non-members to say how many members are found at a low false positive rate"
+    name, percent = RATES[rate], f"{100 * rate:g}".lstrip("0")
     top, low = own.loc[own[name].idxmax()], own.loc[own[name].idxmin()]
     if by == "attack":
         said = [f"{label_of(row[by])} {format_value(row[name])}" for row in (top, low)]
-        return f"Found at {rates[name]} % FPR: " + said[0] + f", {said[1]}" * (top[by] != low[by])
-    first = f"At {rates[name]} % FPR {format_value(top[name])} of {label_of(top[by])}'s members are found"
+        return f"Found at {percent} % FPR: " + said[0] + f", {said[1]}" * (top[by] != low[by])
+    first = f"At {percent} % FPR {format_value(top[name])} of {label_of(top[by])}'s members are found"
     return first if top[by] == low[by] else f"{first}, {format_value(low[name])} of {label_of(low[by])}'s"
 
 

@@ -10,8 +10,7 @@ import pandas as pd
 from mia_utils.plots.kinds import draw_legend, make_panels, name_axes, prepare
 from mia_utils.plots.style import CONTROLS, MEMBER_COLOR, NONMEMBER_COLOR, STYLE, Drawn, color_of, finish
 from mia_utils.protocol import resampling
-
-RATES = {0.1: "tpr_at_10", 0.01: "tpr_at_1", 0.001: "tpr_at_01"}  # columns of the results
+from mia_utils.protocol.metrics import RATES
 
 
 def _prepare(table: pd.DataFrame, panel: Any, **columns: str) -> pd.DataFrame:

@@ -15,7 +15,8 @@ from mia_utils.protocol import intervals, resampling
 from mia_utils.protocol.intervals import Interval
 from mia_utils.protocol.resampling import NullTest, Scores
 
-FPRS = (0.1, 0.01, 0.001)
+RATES = {0.1: "tpr_at_10", 0.01: "tpr_at_1", 0.001: "tpr_at_01"}  # FPR -> column of results with the TPR there
+FPRS = tuple(RATES)
 
 
 class Roc(NamedTuple):
