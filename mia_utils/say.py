@@ -138,12 +138,19 @@ def versus(
 
 
 def grows(table: pd.DataFrame, x: str = "checkpoint", unit: str = "epochs", subject: str = "") -> str:
-    """From which value on a leak is shown: ``MAE leaks from 150 epochs on; AUC .98 after 2,500``."""
+    """From which value on a leak is shown at every one: ``Leaks shown from 150 epochs on; AUC .98 at 2,500``."""
     own = attacks(table).sort_values(x)
-    found, last = own.loc[own["verdict"] == "shown", x], own.iloc[-1]
-    said = f"No leak shown up to {last[x]:,g} {unit}: AUC {_auc(last)}"
-    if len(found):
-        said = f"Leaks shown from {found.iloc[0]:,g} {unit} on; AUC {_auc(last)} at {last[x]:,g}"
+    shown, last = own["verdict"] == "shown", own.iloc[-1]
+    since = own.loc[~(own[x] <= own.loc[~shown, x].max()), x]  # all are shown there
+    at = f"{last[x]:,g} {unit}"
+    if len(since) == shown.sum() == 1:
+        said = f"Leak first shown at {at}: AUC {_auc(last)}"
+    elif len(since):
+        said = f"Leaks shown from {since.iloc[0]:,g} {unit} on; AUC {_auc(last)} at {last[x]:,g}"
+    elif shown.any():
+        said = f"Leak shown at {own.loc[shown, x].iloc[0]:,g}, not at {at}: AUC {_auc(last)}"
+    else:
+        said = f"No leak shown up to {at}: AUC {_auc(last)}"
     return f"{subject}: {said[0].lower()}{said[1:]}" if subject else said
 
 

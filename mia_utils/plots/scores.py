@@ -47,7 +47,8 @@ def roc(
                 curves += _draw_curves(ax, row | {"control": control}, lines, grid)
     draw_legend(fig, pd.DataFrame(curves), marks="curve")
     columns = ["panel", "attack", "control", "method", "seed", "fpr", "tpr"]
-    return finish(fig, pd.DataFrame(curves)[columns].explode(["fpr", "tpr"]), rows=table, judged=table, **named)
+    drawn = pd.DataFrame(curves)[columns].explode(["fpr", "tpr"]).astype({"fpr": float, "tpr": float})
+    return finish(fig, drawn, rows=table, judged=table, **named)
 
 
 def _draw_curves(ax: Any, row: dict, lines: list[np.ndarray], grid: np.ndarray) -> list[dict]:
