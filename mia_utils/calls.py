@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mia_utils import results, seeds
-from mia_utils.runner import artifacts, profiles, train
+from mia_utils.runner import artifacts, choices, train
 from mia_utils.runner.profiles import Row
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def describe(lab: Lab, call: Call) -> dict[str, Any]:
 
 def compare(row: Row, shadow: Row) -> str:
     """Which of pre-training data, encoder and training a shadow shares with its target, as ``"PE-"``."""
-    segmenting = row.method in profiles.SEGMENTERS  # their method is the network
+    segmenting = row.method in choices.SEGMENTERS  # their method is the network
 
     def describe_sides(r: Row) -> tuple:
         network, recipe = (r.method, "") if segmenting else ("", r.method)

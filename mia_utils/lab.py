@@ -18,7 +18,7 @@ import pandas as pd
 
 from mia_utils import calls, results
 from mia_utils.calls import Attacker, Target
-from mia_utils.runner import artifacts, profiles, train
+from mia_utils.runner import artifacts, choices, profiles, train
 from mia_utils.runner.profiles import Row
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Lab:
         same = {key: getattr(row, key) for key in ("role", "method", "arch", "dataset", "n_train", "seed")}
         if not (found := self.models(defense="none", **same)):
             raise ValueError(f"profile {self.name} has no undefended model for {model_id}: add one")
-        return _find_nearest(row, found, profiles.STRENGTHS[row.defense])
+        return _find_nearest(row, found, choices.STRENGTHS[row.defense])
 
     def pool(self, dataset: str) -> Pool:
         """Load a data set with the profile's arguments, once."""
@@ -189,7 +189,7 @@ class Lab:
             run, pool, split = self.model(model_id), self.pool(row.dataset), self.split(model_id)
             model = run.encoder_at(strength if defense == "early-stopping" else None)
             model = calls.defend(model, target, seed=row.seed)
-            if row.method in profiles.SEGMENTERS:
+            if row.method in choices.SEGMENTERS:
                 members, nonmembers = train.get_sides(row, split)
                 return train.measure_segmenter(model, pool, members, nonmembers[: train.HELDOUT_IMAGES])
             return train.measure_utility(model, pool, split)

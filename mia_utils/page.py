@@ -15,7 +15,7 @@ import pandas as pd
 from mia_utils import __version__, course, findings, lab, paths
 from mia_utils.plots.style import WORDS, format_interval, format_value, label_of
 from mia_utils.results import to_markdown
-from mia_utils.runner import parameters, profiles
+from mia_utils.runner import choices, parameters, profiles
 
 Cell = namedtuple("Cell", "kind tags source outputs")
 FIGURES = re.compile(r"name=\"(fig\d\d_\w+)\"")  # that a cell writes
@@ -73,7 +73,7 @@ def name_attack(row: Any) -> str:
 def name_target(row: Any) -> str:
     """Name a target by its method, and its structure where that is not the book's ViT."""
     arch = label_of(row["arch"])
-    return label_of(row["method"]) + ("" if arch == "ViT" or row["method"] in profiles.SEGMENTERS else f" ({arch})")
+    return label_of(row["method"]) + ("" if arch == "ViT" or row["method"] in choices.SEGMENTERS else f" ({arch})")
 
 
 def name_knowledge(row: Any) -> str:

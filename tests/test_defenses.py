@@ -14,7 +14,7 @@ from mia_utils.datasets import scenes
 from mia_utils.models import encoders, outputs, segmenters
 from mia_utils.pretrain import accounting, mae, privacy
 from mia_utils.protocol import metrics
-from mia_utils.runner import estimates, profiles
+from mia_utils.runner import choices, estimates, profiles
 
 TINY = dict(arch="vit_nano_patch8_32", progress=False, device="cpu")
 SMALL = dict(encoder_depth=3, decoder_channels=(16, 8, 8))
@@ -230,7 +230,7 @@ def test_the_public_names_are_those_of_the_rooms():
 
     assert defenses.perturb is outputs.perturb and defenses.measure_scale is outputs.measure_scale
     assert defenses.plan_privacy is accounting.plan_privacy and defenses.measure_epsilon is accounting.measure_epsilon
-    assert profiles.PRIVATE_METHODS == accounting.METHODS
+    assert choices.PRIVATE_METHODS == accounting.METHODS
 
 
 # ------------------------------------------------------------------------------------------- accounting

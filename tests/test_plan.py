@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mia_utils import pretrain
-from mia_utils.runner import estimates, parameters, profiles, run
+from mia_utils.runner import choices, estimates, parameters, profiles, run
 from mia_utils.runner.plan import make_plan
 from mia_utils.runner.profiles import Profile
 
@@ -126,7 +126,7 @@ KINDS = {(row.method, row.arch): row for row in profiles.load("paper").models if
 
 @pytest.mark.parametrize("row", KINDS.values(), ids=lambda row: row.id)
 def test_every_kind_of_row_of_paper_trains_with_its_options_in_its_precision(row):
-    rng, segments = np.random.default_rng(0), row.method in profiles.SEGMENTERS
+    rng, segments = np.random.default_rng(0), row.method in choices.SEGMENTERS
     n = 2 if segments else 8
     images = rng.integers(0, 256, (n, *((64, 64) if segments else (32, 32)), 3), dtype=np.uint8)
     labels = rng.integers(0, 3, (n, 64, 64), dtype=np.uint8) if segments else None

@@ -4,7 +4,8 @@ import functools
 import math
 import time
 
-from mia_utils.runner.profiles import PRECISIONS, SEGMENTERS, Profile, Row
+from mia_utils.runner.choices import PRECISIONS, SEGMENTERS
+from mia_utils.runner.profiles import Profile, Row
 
 # Seconds of one thread of the reference machine (AMD EPYC with AVX-512), where measure_pace() is 1.
 PACE_SECONDS = 0.0072  # of the probe's piece of work

@@ -173,7 +173,7 @@ def check_rows(profile: Profile, rows: list[Row]) -> None:
         if official and "official_split" not in has:
             raise ValueError(f"model {row.id}: rule 'official': data set {row.dataset} has no official split: use iid")
         divided = suffix in ("", "frames", "official", "part")
-        if "masks" not in has and (row.method in profiles.SEGMENTERS or not divided):
+        if "masks" not in has and (row.method in choices.SEGMENTERS or not divided):
             raise ValueError(f"model {row.id}: {suffix or row.method} needs label maps, {row.dataset} has none")
         size = profile.datasets[row.dataset].get("size")
         recipe = str((row.method, row.arch, row.augmentation, row.options, size, row.n_train, row.epochs))
@@ -184,7 +184,7 @@ def check_rows(profile: Profile, rows: list[Row]) -> None:
             import segmentation_models_pytorch as smp  # seconds: only for a name of one's own
             import timm
 
-            known = [*timm.list_models(), *(smp.encoders.encoders if row.method in profiles.SEGMENTERS else ())]
+            known = [*timm.list_models(), *(smp.encoders.encoders if row.method in choices.SEGMENTERS else ())]
             if row.arch.removeprefix("tu-").partition(".")[0] not in known:
                 close = choices.find_close(row.arch, [*choices.ARCHS, *known])
                 hint = f" (did you mean {close[0]!r}?)" if close else ""

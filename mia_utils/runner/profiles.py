@@ -17,10 +17,7 @@ from typing_extensions import TypedDict
 
 from mia_utils import paths
 from mia_utils.runner import choices
-from mia_utils.runner.choices import PRECISIONS, PRIVATE_METHODS, SEGMENTERS, STRENGTHS, Count
-
-__all__ = ["PRECISIONS", "PRIVATE_METHODS", "SEGMENTERS", "STRENGTHS", "Profile", "Row", "load", "parse"]
-
+from mia_utils.runner.choices import STRENGTHS, Count
 
 MOST_TEXT, MOST_SAID = 1_000_000, 400  # characters of a profile (paper has 12,000), and of a complaint about one
 

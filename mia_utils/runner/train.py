@@ -102,7 +102,7 @@ def fit_row(profile: Profile, row: Row, folder: Path | None, *, progress: bool) 
     pool = load_pool(profile, row.dataset)
     split = draw_split(profile, row, pool)
     members, nonmembers = get_sides(row, split)
-    nonmembers, segments = nonmembers[:HELDOUT_IMAGES], row.method in profiles.SEGMENTERS
+    nonmembers, segments = nonmembers[:HELDOUT_IMAGES], row.method in choices.SEGMENTERS
     targets, options = pool.masks if segments else pool.labels, {}
     if segments:
         if targets is None:
@@ -147,7 +147,7 @@ def rehearse(profile: Profile, row: Row) -> None:
     from mia_utils.datasets import cache
     from mia_utils.pretrain import accounting
 
-    segments, size = row.method in profiles.SEGMENTERS, profile.datasets[row.dataset].get("size", 32)
+    segments, size = row.method in choices.SEGMENTERS, profile.datasets[row.dataset].get("size", 32)
     shape = ((size, size) if isinstance(size, int) else tuple(size)) if segments else (32, 32)
     fitted = {key: value for key, value in row.options.items() if key in choices.FIT_OPTIONS and key != "checkpoints"}
     own = {key: value for key, value in row.options.items() if key not in choices.FIT_OPTIONS}
