@@ -43,7 +43,7 @@ class Attacker:
 
     knowledge: str = "partial"  # the membership of the images outside the scored fold; or "shadow"
     shadow: str | None = None  # model that stands in for the target; None with shadow knowledge: lab.shadow_of(target)
-    share: float = 1.0  # of the attack-training images whose membership is known
+    known_share: float = 1.0  # of the attack-training images whose membership is known
     # one model: its distance is subtracted (mim: alpha times); a list: their mean log ratio calibrates any score
     reference: str | list[str] | None = None
     reference_checkpoint: int | None = None  # of the references: the target's, or calibration is spoiled; None: the end
@@ -81,7 +81,7 @@ class Call:
         """What the key is made of; entries that came later are named only where they are used."""
         who, what = self.attacker, self.target
         spec = dict(attack=self.attack, model_id=self.row.id, knowledge=self.knowledge, shadow=self.shadow)
-        spec |= dict(protocol=self.protocol, epoch=self.checkpoint, known_share=who.share)
+        spec |= dict(protocol=self.protocol, epoch=self.checkpoint, known_share=who.known_share)
         spec |= dict(n_nonmembers=self.n_nonmembers, params=self.params)
         spec |= {"reference": who.reference} if who.reference is not None else {}
         aged = who.reference and who.reference_checkpoint is not None
@@ -171,7 +171,7 @@ def evaluate(lab: Lab, call: Call, *, controls: bool) -> Result:
         reference=references if isinstance(who.reference, list | tuple) else next(iter(references), None),
         untrained=query(row.id, 0, seed) if controls else None,
         learned_from=(query(call.plain, None), query(call.plain_shadow, None)) if call.plain else None,
-        protocol=call.protocol, seed=seed, cache=_cache_features, controls=controls, known_share=who.share,
+        protocol=call.protocol, seed=seed, cache=_cache_features, controls=controls, known_share=who.known_share,
         **call.params,
     )  # fmt: skip
 
@@ -203,7 +203,7 @@ def describe(lab: Lab, call: Call) -> dict[str, Any]:
         attack=call.attack, seed=row.seed, knowledge=call.knowledge, protocol=call.protocol, checkpoint=checkpoint,
         subsample=call.n_nonmembers, shadow=results.drop_seed(call.shadow, row.seed),
         shadow_method=other and other.method, shadow_dataset=other and other.dataset,
-        shadow_checkpoint=call.shadow_checkpoint, known_share=who.share, decoder=who.decoder,
+        shadow_checkpoint=call.shadow_checkpoint, known_share=who.known_share, decoder=who.decoder,
         decoder_epochs=who.decoder_epochs if who.decoder != "own" and who.decoder_epochs != 200 else None,
         reference=", ".join(references) or None, train_seconds=run.seconds,
         reference_checkpoint=who.reference_checkpoint if references else None,

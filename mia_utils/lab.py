@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mia_utils.protocol.splits import Split
 
 
-_ATTACKER = {"known_share" if f.name == "share" else f.name: f.name for f in dataclasses.fields(Attacker)}
+_ATTACKER = {field.name for field in dataclasses.fields(Attacker)}
 
 
 class Lab:
@@ -151,7 +151,7 @@ class Lab:
         for attack, target in itertools.product(names, list(_flatten(targets))):
             for i, setting in enumerate(itertools.product(*map(_as_list, sweep.values()))):
                 call = dict(zip(sweep, setting, strict=True))
-                attacker = Attacker(**{_ATTACKER[name]: call.pop(name) for name in sweep if name in _ATTACKER})
+                attacker = Attacker(**{name: call.pop(name) for name in sweep if name in _ATTACKER})
                 with_controls = i == 0 if controls == "first" else bool(controls)
                 self._note(study, attack, self._run_one(attack, target, attacker, with_controls, call))
         table = self.results
