@@ -30,16 +30,17 @@ def _auc(row: Any) -> str:
     return format_value(row["auc"])
 
 
-def _apart(one: Any, other: Any) -> bool:
-    return one["auc_low"] > other["auc_high"] or other["auc_low"] > one["auc_high"]
+def _compare(one: Any, other: Any) -> int:
+    """1 if the first AUC is above the second, -1 if below, 0 where their intervals overlap."""
+    return int(one["auc_low"] > other["auc_high"]) - int(other["auc_low"] > one["auc_high"])
 
 
-def _pair(rows: list[pd.DataFrame], gap: Callable[[Any, Any], Any] | None) -> list[Any]:
-    """Two intervals to compare: the mean ones, or that of the paired difference of two single rows and 0."""
+def _compare_rows(rows: list[pd.DataFrame], gap: Callable[[Any, Any], Any] | None) -> tuple[int, str]:
+    """The same of their means, or by the paired difference of two single rows, which is then said."""
     if gap is None or [len(part) for part in rows] != [1, 1]:
-        return list(map(_average, rows))
+        return _compare(*map(_average, rows)), ""
     value, low, high = gap(*(part.iloc[0] for part in rows))
-    return [dict(auc=value, auc_low=low, auc_high=high), dict(auc=0.0, auc_low=0.0, auc_high=0.0)]
+    return int(low > 0) - int(high < 0), f"; paired difference {format_interval(value, low, high)}"
 
 
 def _average(table: pd.DataFrame) -> pd.Series:
@@ -69,7 +70,7 @@ def best(table: pd.DataFrame, by: str = "attack") -> str:
         return f"No leak shown: {name} comes to AUC {_auc(first)}"
     if len(own) == 1:
         return f"{name} finds members: AUC {_auc(first)}"
-    if _apart(first, second):
+    if _compare(first, second):
         return f"{name} is ahead: AUC {_auc(first)}; next {next_name} {_auc(second)}"
     return f"{name} and {next_name} lead together: AUC {_auc(first)} and {_auc(second)}"
 
@@ -93,7 +94,7 @@ def plateau(table: pd.DataFrame, x: str, unit: str = "", gap: Callable[[Any, Any
     """From which value of a sweep on no gain is shown: ``4 masks are enough: AUC .97; 64 give .98``; gap as below."""
     own = attacks(table).sort_values(x)
     first, last, top = own.iloc[[0]], own.iloc[[-1]], own.loc[[own["auc"].idxmax()]]
-    enough = next(own.loc[[i]] for i in own.index if not _apart(*_pair([own.loc[[i]], top], gap)))
+    enough = next(own.loc[[i]] for i in own.index if not _compare_rows([own.loc[[i]], top], gap)[0])
     ends = {name: _auc(part.iloc[0]) for name, part in (("first", first), ("enough", enough), ("last", last))}
     unit, n, n_last = unit or x.removeprefix("n_"), f"{enough[x].iloc[0]:,g}", f"{last[x].iloc[0]:,g}"
     if top["verdict"].iloc[0] != "shown":
@@ -109,11 +110,11 @@ def span(table: pd.DataFrame, by: str, what: str = "") -> str:
     """The two ends of a choice: ``Own parts .96, another image's tokens .55``; says where intervals overlap."""
     own = attacks(table)
     top, low = own.loc[own["auc"].idxmax()], own.loc[own["auc"].idxmin()]
-    if not _apart(top, low):  # narrower intervals further in may be apart
+    if not _compare(top, low):  # narrower intervals further in may be apart
         ends = own.loc[own["auc_low"].idxmax()], own.loc[own["auc_high"].idxmin()]
-        top, low = ends if _apart(*ends) else (top, low)
+        top, low = ends if _compare(*ends) else (top, low)
     lead = f"{what}: " if what else ""
-    if not _apart(top, low):
+    if not _compare(top, low):
         return f"{lead}{'n' if lead else 'N'}o choice is clearly better, AUC {_auc(low)} to {_auc(top)}"
     return f"{lead}AUC {_auc(top)} with {label_of(top[by])}, {_auc(low)} with {label_of(low[by])}"
 
@@ -130,7 +131,7 @@ def versus(
     first, second = map(_average, rows)
     if pd.isna(first["auc"]) or pd.isna(second["auc"]):
         return f"{names[0]} against {names[1]}: not both in this profile"
-    if not _apart(*_pair(rows, gap)):
+    if not _compare_rows(rows, gap)[0]:
         return f"{names[0]} and {names[1]} are not told apart: AUC {_auc(first)} and {_auc(second)}"
     if first["auc"] < second["auc"]:
         first, second, names = second, first, names[::-1]
@@ -188,13 +189,7 @@ class Expectation:
 
 
 _ABSENT = "can't be said", "this profile has no such rows"
-
-
-def _compare(one: Any, other: Any, seen: str) -> tuple[str, str]:
-    """Whether the first AUC is above the second."""
-    if not _apart(one, other):
-        return "intervals overlap", seen
-    return ("met" if one["auc"] > other["auc"] else "not met"), seen
+_ANSWERS = {1: "met", 0: "intervals overlap", -1: "not met"}
 
 
 def rises(text: str, *, by: str = "x", falls: bool = False, query: str = "") -> Expectation:
@@ -205,7 +200,7 @@ def rises(text: str, *, by: str = "x", falls: bool = False, query: str = "") -> 
         first, last = own.iloc[0], own.iloc[-1]
         seen = f"AUC {_auc(first)} at {first[by]:,g} and {_auc(last)} at {last[by]:,g}"
         seen += ", all at the ceiling" if own["auc"].min() > 0.95 else ""  # where no setting can show its worth
-        return _compare(first, last, seen) if falls else _compare(last, first, seen)
+        return _ANSWERS[_compare(first, last) if falls else _compare(last, first)], seen
 
     return Expectation(text, judge)
 
@@ -219,12 +214,9 @@ def above(text: str, high: str, low: str, gap: Callable[[Any, Any], Any] | None 
         if pd.isna(one["auc"]) or pd.isna(other["auc"]):
             return _ABSENT
         ahead = _count_ahead(*(table.query(query) for query in (high, low)))
-        pair = _pair(rows, gap)
-        said = f"AUC {_auc(one)} against {_auc(other)}{ahead}"
-        if not isinstance(pair[0], dict):
-            return _compare(one, other, said)
-        word = "met" if pair[0]["auc_low"] > 0 else "not met" if pair[0]["auc_high"] < 0 else "no difference shown"
-        return word, f"{said}; paired difference {format_interval(*pair[0].values())}"
+        order, paired = _compare_rows(rows, gap)
+        word = _ANSWERS[order] if order or not paired else "no difference shown"
+        return word, f"AUC {_auc(one)} against {_auc(other)}{ahead}{paired}"
 
     return Expectation(text, judge)
 
