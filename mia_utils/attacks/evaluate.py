@@ -116,7 +116,7 @@ def evaluate(
     # within each role, the evaluated ones included: does the harness alone find a signal? Every fold permutes anew:
     # one label per image for all folds would tie the folds together and widen the AUC beyond its p-value
     labels = [
-        permute_labels(roles.is_member, [fold], seed=seeds.derive(seed, "permuted", f), groups=roles.groups)
+        permute_labels(roles.is_member, fold, seed=seeds.derive(seed, "permuted", f), groups=roles.groups)
         for f, fold in enumerate(roles.folds)
     ]
     result.controls["permuted"] = run(labels, fit_fold, control="permuted")
@@ -252,7 +252,7 @@ def _look_at(pool, index: np.ndarray, view: np.ndarray, size: int | None, seed: 
     statistics = np.concatenate(seen)[np.argsort(np.concatenate(chunks))]
 
     def fit_fold(known, fit, validation, report, seed):
-        return score_without_model(statistics, known, [(fit, validation, report)]), validation
+        return score_without_model(statistics, known, (fit, validation, report)), validation
 
     return fit_fold
 

@@ -5,8 +5,6 @@ non-members differ as *data* (Das, Zhang, Tramer, arXiv 2406.16201). *untrained*
 weights. *permuted*: the attack on labels that are permuted within each role, the evaluation set's included.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from scipy import ndimage
@@ -20,7 +18,7 @@ from mia_utils import seeds
 THUMBNAIL = (6, 8)  # rows, columns
 _CHUNK = 512  # images in float at once
 
-Folds = Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]  # attack-training, attack-validation, evaluation
+Fold = tuple[np.ndarray, np.ndarray, np.ndarray]  # attack-training, attack-validation, evaluation
 
 
 def extract_statistics(images: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -56,29 +54,27 @@ def _describe_chunk(x: torch.Tensor) -> np.ndarray:
     return np.concatenate([moments.numpy(), energies, thumbnail.numpy()], axis=1).astype(np.float64)
 
 
-def score_without_model(images: np.ndarray | torch.Tensor, is_member: np.ndarray, folds: Folds) -> np.ndarray:
+def score_without_model(images: np.ndarray | torch.Tensor, is_member: np.ndarray, fold: Fold) -> np.ndarray:
     """Score membership without a model: statistics of the images, standardized, and a logistic regression.
 
-    The classifier of a fold is fit on its attack-training and attack-validation positions; in a single fold those of
-    attack-validation are scored by one fit on attack-training only, so that a threshold can be chosen there.
+    The classifier is fit on the attack-training and attack-validation positions. Those of attack-validation are scored
+    by one fit on attack-training only, so that a threshold can be chosen there.
 
     Args:
         images: the *views* that the attack queries, as in ``extract_statistics``, or their statistics (N, F).
-        is_member, folds: (N,) bool; disjoint positions per fold.
+        is_member, fold: (N,) bool; disjoint positions.
 
     Returns:
         (N,) float64, higher = more likely a member; NaN where a position is not scored.
     """
-    is_member, folds = _check(is_member, folds)
+    is_member, (fit, validation, report) = _check(is_member, fold)
     x = np.asarray(images, dtype=np.float64) if np.ndim(images) == 2 else extract_statistics(images)
     if len(x) != len(is_member):
         raise ValueError(f"expected as many images as labels, got {len(x)} and {len(is_member)}")
-    score = np.full(len(x), np.nan)
-    for fit, validation, report in folds:
-        known = np.concatenate([fit, validation])
-        score[report] = _fit_blind(x[known], is_member[known]).decision_function(x[report])
-        if len(folds) == 1 and len(validation):
-            score[validation] = _fit_blind(x[fit], is_member[fit]).decision_function(x[validation])
+    score, known = np.full(len(x), np.nan), np.concatenate([fit, validation])
+    score[report] = _fit_blind(x[known], is_member[known]).decision_function(x[report])
+    if len(validation):
+        score[validation] = _fit_blind(x[fit], is_member[fit]).decision_function(x[validation])
     return score
 
 
@@ -88,21 +84,16 @@ def _fit_blind(x: np.ndarray, is_member: np.ndarray) -> Pipeline:
     return model.fit(x, is_member)
 
 
-def permute_labels(
-    is_member: np.ndarray, folds: Folds, *, seed: int = 0, groups: np.ndarray | None = None
-) -> np.ndarray:
-    """Permute labels (N,) within each role, so that every role keeps its number of members: (N,) bool.
-
-    One fold: within each of its sets. Several: within each evaluation set, so that an image has one permuted label in
-    all the roles it plays, and what an attacker is fit on says nothing about the fold it is scored on.
+def permute_labels(is_member: np.ndarray, fold: Fold, *, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
+    """Permute labels (N,) within each set of a fold, so that each keeps its number of members: (N,) bool.
 
     Args:
-        is_member, folds: as in ``score_without_model``; positions in no fold keep their label.
+        is_member, fold: as in ``score_without_model``; positions outside the fold keep their label.
         groups: (N,) block ids: blocks of one side (others are a ValueError) change sides as a whole.
     """
-    is_member, folds = _check(is_member, folds)
+    is_member, fold = _check(is_member, fold)
     permuted, rng = is_member.copy(), seeds.rng(seed, "controls.permute")
-    for cell in folds[0] if len(folds) == 1 else [report for _, _, report in folds]:
+    for cell in fold:
         if groups is None:
             permuted[cell] = rng.permutation(is_member[cell])
             continue
@@ -114,9 +105,9 @@ def permute_labels(
     return permuted
 
 
-def _check(is_member: np.ndarray, folds: Folds) -> tuple[np.ndarray, Folds]:
-    folds = [tuple(np.asarray(part, dtype=np.int64) for part in fold) for fold in folds]
-    for used in map(np.concatenate, folds):
-        if len(np.unique(used)) != len(used) or not np.isin(used, np.arange(len(is_member))).all():
-            raise ValueError(f"expected disjoint positions below {len(is_member)} in the sets of a fold")
-    return np.asarray(is_member).astype(bool), folds
+def _check(is_member: np.ndarray, fold: Fold) -> tuple[np.ndarray, Fold]:
+    fold = tuple(np.asarray(part, dtype=np.int64) for part in fold)
+    used = np.concatenate(fold)
+    if len(np.unique(used)) != len(used) or not np.isin(used, np.arange(len(is_member))).all():
+        raise ValueError(f"expected disjoint positions below {len(is_member)} in the sets of a fold")
+    return np.asarray(is_member).astype(bool), fold
