@@ -297,7 +297,8 @@ def test_the_decoder_of_a_foreign_mae_is_kept_for_the_mim_attack(tmp_path, layou
         torch.testing.assert_close(model.reconstruct(IMAGES, masks), pixels * std + mean, rtol=0, atol=1e-4)
         fresh = mae.open_decoder(encoder, untrained_seed=0).reconstruct(IMAGES, masks)
         assert fresh.shape == IMAGES.shape and not torch.allclose(fresh, pixels * std + mean, atol=0.1)
-    assert mim.compute_distances(model, IMAGES, n_masks=2).shape == (3, 2)
+    queried = (255 * IMAGES).byte().permute(0, 2, 3, 1).numpy()
+    assert mim.compute_distances(model, queried, n_masks=2).shape == (3, 2)
     assert mae.open_decoder(encoders.make("vit_nano_patch8_32")) is None
 
 

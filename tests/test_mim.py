@@ -131,16 +131,14 @@ def test_the_same_seed_repeats_and_another_differs_without_the_global_seed(model
     assert not np.allclose(first, mim.score_reconstruction(model, images[:3], seed=1))
 
 
-def test_images_come_as_bytes_or_floats_and_are_resized_like_every_query(model, images):
-    floats = torch.from_numpy(images[:3]).permute(0, 3, 1, 2) / 255
+def test_images_come_in_any_order_and_are_resized_like_every_query(model, images):
     whole = mim.score_reconstruction(model, images[:3])
-    for same in (floats, floats.numpy(), floats.double(), torch.from_numpy(images[:3].copy())):
-        # float32: a convolution may sum in another order for another memory layout
-        np.testing.assert_allclose(mim.score_reconstruction(model, same), whole, rtol=0, atol=1e-7)
+    assert np.array_equal(mim.score_reconstruction(model, torch.from_numpy(images[:3].copy())), whole)
     assert np.array_equal(mim.score_reconstruction(model, images[2::-1]), whole[::-1])
     large = scenes.make_scenes(3, size=48, seed=3, progress=False)["images"]
     seen = views.make_views(torch.from_numpy(large).permute(0, 3, 1, 2), ["", "", ""], size=32, seed=0)
-    assert np.array_equal(mim.score_reconstruction(model, large), mim.score_reconstruction(model, seen))
+    seen = (255 * seen).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.allclose(mim.score_reconstruction(model, large), mim.score_reconstruction(model, seen), rtol=0, atol=1e-7)
     assert mim.score_reconstruction(model, images[:0]).shape == (0,)
 
 
@@ -168,10 +166,11 @@ def test_standardized_patches_come_back_as_pixels(images):
     with torch.inference_mode():
         for column, mask in enumerate(masks):
             error = (model.predict(2 * x - 1, mask.expand(4, -1)) - standard).square().mean(-1)[:, mask].mean(1)
-            got = mim.compute_distances(model, x, n_masks=2)[:, column]  # "auto" is normalized for this model
+            got = mim.compute_distances(model, images[:4], n_masks=2)[:, column]  # "auto" is normalized for this model
             np.testing.assert_allclose(got, error, rtol=1e-3)  # a flat patch magnifies float32 by its 1 / sd
-    assert not np.allclose(got, mim.compute_distances(model, x, n_masks=2, space="pixels")[:, 1])
-    ssim = [mim.score_reconstruction(model, x, n_masks=2, distance="ssim", space=s) for s in ("auto", "pixels")]
+    assert not np.allclose(got, mim.compute_distances(model, images[:4], n_masks=2, space="pixels")[:, 1])
+    options = dict(n_masks=2, distance="ssim")
+    ssim = [mim.score_reconstruction(model, images[:4], space=s, **options) for s in ("auto", "pixels")]
     assert np.array_equal(*ssim)
 
 
@@ -359,11 +358,9 @@ def test_bad_parameters_are_one_line(model, images, options, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (np.zeros((2, 3, 32, 32), np.uint8), r"got \(2, 3, 32, 32\) torch.uint8"),
+        (np.zeros((2, 3, 32, 32), np.uint8), r"expected \(N, H, W, 3\) uint8, got \(2, 3, 32, 32\)"),
         (np.zeros((32, 32, 3), np.uint8), r"got \(32, 32, 3\)"),
-        (np.zeros((2, 32, 32, 3), np.float32), r"expected \(N, H, W, 3\) uint8 or \(N, 3, H, W\) float"),
-        (np.full((2, 3, 32, 32), np.nan, np.float32), "expected finite values in"),
-        (np.full((2, 3, 32, 32), 255.0, np.float32), "divide 8-bit values by 255"),
+        (np.zeros((2, 32, 32, 3), np.float32), "got .* float32"),
     ],
 )
 def test_bad_images_are_one_line(model, wrong, message):

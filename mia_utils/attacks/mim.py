@@ -87,23 +87,9 @@ def _check_model(autoencoder: object) -> None:
         raise ValueError(f"expected a square grid of patches, got n_tokens={autoencoder.n_tokens}")
 
 
-def _take_images(images: np.ndarray | Tensor, rows: slice) -> Tensor:
-    """Return some images as (n, 3, H, W), uint8 or float32 in [0, 1]; streamed ones are decoded here."""
-    part = images[rows] if len(images.shape) == 4 else images
-    part = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part, order="C"))
-    if part.ndim == 4 and part.dtype == torch.uint8 and part.shape[3] == 3:
-        return part.permute(0, 3, 1, 2)
-    if part.ndim != 4 or not part.is_floating_point() or part.shape[1] != 3:
-        got = f"{tuple(images.shape)} {part.dtype}"
-        raise ValueError(f"images: expected (N, H, W, 3) uint8 or (N, 3, H, W) float in [0, 1], got {got}")
-    if not ((part >= 0) & (part <= 1)).all():  # NaN fails both
-        raise ValueError("images: expected finite values in [0, 1], got others: divide 8-bit values by 255")
-    return part.float()
-
-
 @torch.inference_mode()
 def compute_distances(
-    autoencoder: torch.nn.Module, images: np.ndarray | Tensor, *, n_masks: int = 16, mask_ratio: float = 0.75,
+    autoencoder: torch.nn.Module, images: np.ndarray, *, n_masks: int = 16, mask_ratio: float = 0.75,
     distance: str = "mse", region: str = "masked", space: str = "auto", seed: int = 0, batch_size: int | None = None,
     progress: bool = False,
 ) -> np.ndarray:  # fmt: skip
@@ -111,15 +97,14 @@ def compute_distances(
 
     Args:
         autoencoder: has ``reconstruct(images, masks)`` and ``n_tokens``; it is put into eval mode.
-        images: (N, H, W, 3) uint8, or (N, 3, H, W) float in [0, 1]; resized to the model's ``input_size``.
+        images: (N, H, W, 3) uint8; resized to the model's ``input_size``.
         batch_size: *pairs* of image and mask per forward; None fits it to memory.
     """
     space = _pick_space(autoencoder, distance=distance, region=region, space=space)
     _check_model(autoencoder)
-    images = images if hasattr(images, "shape") else np.asarray(images)
-    shape = _take_images(images, slice(0)).shape  # no image: shape and type alone are checked
+    images = views.check_images(images)
     size = getattr(autoencoder, "input_size", None)  # None: takes the images as they are
-    height, width = (size, size) if size else shape[-2:]
+    height, width = (size, size) if size else images.shape[1:3]
     if height % (side := round(autoencoder.n_tokens**0.5)) or width % side:
         raise ValueError(f"images of {height} x {width} pixels can't be cut into {side} x {side} patches")
     device = torch.device("cpu")
@@ -133,10 +118,10 @@ def compute_distances(
     pairs = batch_size or query.fit_chunk(device, pair_bytes, cache=32e6)
     distances = np.empty((len(images), n_masks))
     for rows in query.iterate_chunks(len(images), max(1, pairs // n_masks), label="reconstruct", progress=progress):
-        x = _take_images(images, rows).to(device)
+        x = views.read_pixels(images, rows).to(device)
         if x.shape[-2:] != (height, width):
             x = views.make_views(x, [""] * len(x), view="resize", size=size, seed=seed)
-        elif x.dtype == torch.uint8:
+        else:
             x = x.float().div_(255.0)
         # the patch embedding is shared by all masks, which are folded into the batch
         tokens = autoencoder.embed_patches(x) if hasattr(autoencoder, "embed_patches") else None
@@ -156,7 +141,7 @@ def compute_distances(
     return distances
 
 
-def score_reconstruction(autoencoder: torch.nn.Module, images: np.ndarray | Tensor, **settings) -> np.ndarray:
+def score_reconstruction(autoencoder: torch.nn.Module, images: np.ndarray, **settings) -> np.ndarray:
     """Minus the mean of :func:`compute_distances` (same arguments): (N,) float64, higher = more likely a member."""
     return -compute_distances(autoencoder, images, **settings).mean(axis=1)
 
@@ -204,7 +189,7 @@ def extract_gradient_norm(
     fixed = dict(augmentation="none", size=model.input_size, progress=1.0)
     norms = []
     for rows in query.iterate_chunks(len(images), 1, label="gradients", progress=progress):
-        repeated = _take_images(images, rows).to(weights[0].device).expand(n_masks, -1, -1, -1)
+        repeated = views.read_pixels(images, rows).to(weights[0].device).expand(n_masks, -1, -1, -1)
         with torch.enable_grad():
             loss = model.loss(repeated, rng=seeds.rng(seed, "mim.masks"), **fixed)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)

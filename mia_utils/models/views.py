@@ -186,19 +186,19 @@ def _cut(images: Tensor, boxes: Tensor, flips: Tensor | None, *, rounded: bool, 
     torch.div(crops.permute(0, 1, 4, 2, 3), 255.0, out=out)
 
 
-def check_images(images: Any, image_ids: Sequence[str]) -> Any:
-    """Check what is queried: (N, H, W, 3) uint8 images, streamed ones as they are, and one id for each."""
+def check_images(images: Any, image_ids: Sequence[str] | None = None) -> Any:
+    """Check what is queried: (N, H, W, 3) uint8 images, streamed ones as they are, and one id for each, if any."""
     images = images if hasattr(images, "shape") and not isinstance(images, Tensor) else np.asarray(images)
     if len(images.shape) != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images: expected (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
-    if len(image_ids) != len(images):
+    if image_ids is not None and len(image_ids) != len(images):
         raise ValueError(f"expected one image id per image, got {len(image_ids)} ids for {len(images)} images")
     return images
 
 
 def read_pixels(images: Any, rows: slice | np.ndarray | list[int]) -> Tensor:
     """Return some images as (n, 3, H, W) uint8; streamed ones are decoded here."""
-    return torch.from_numpy(np.asarray(images[rows])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(images[rows])).permute(0, 3, 1, 2)
 
 
 def make_views(
