@@ -27,18 +27,13 @@ class Streamed:
         return len(self.images)
 
     def __getitem__(self, rows: slice | np.ndarray) -> Tensor:
-        return to_tensor(np.asarray(self.images[rows]), self.device)
-
-
-def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
-    """Put images (N, H, W, 3) uint8 on a device, channels first: (N, 3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous().to(device)
+        return views.read_pixels(self.images, rows).contiguous().to(self.device)
 
 
 def place(images: Any, device: torch.device) -> Tensor | Streamed:
     """Put an array on the device; leave anything else, and files mapped into memory, where it is."""
-    whole = isinstance(images, np.ndarray) and not isinstance(images, np.memmap)
-    return to_tensor(images, device) if whole else Streamed(images, device)
+    streamed = Streamed(images, device)
+    return streamed[:] if isinstance(images, np.ndarray) and not isinstance(images, np.memmap) else streamed
 
 
 def read(images: Tensor | Streamed, batches: Iterable[Rows]) -> Iterator[tuple[Rows, Tensor]]:
