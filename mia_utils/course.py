@@ -156,7 +156,7 @@ def pick_game(split: Any, n_images: int) -> tuple[np.ndarray, np.ndarray]:
         index (n,) int64 into the pool, shuffled; is_member (n,) bool. Fewer where the fold has not enough members.
     """
     roles = split.roles("partial")
-    rng, here = seeds.rng(split.seed, "spot-the-member"), np.flatnonzero(roles.fold == 0)
+    rng, here = seeds.rng(split.seed, "spot-the-member"), roles.folds[0][2]
     sides = here[roles.is_member[here]], here[~roles.is_member[here]]
     n = min(n_images // 2, *map(len, sides))
     picked = rng.permutation(np.concatenate([rng.choice(part, n, replace=False) for part in sides]))

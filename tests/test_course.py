@@ -187,7 +187,7 @@ def test_the_last_line_is_the_finding_and_a_missing_hero_is_noticed(book, capsys
 
 def test_the_game_draws_half_members_from_one_fold():
     index = np.arange(200)
-    roles = SimpleNamespace(index=index, is_member=index < 60, fold=index % 5)
+    roles = SimpleNamespace(index=index, is_member=index < 60, folds=[(None, None, index[::5])])
     split = SimpleNamespace(seed=0, roles=lambda knowledge: roles)
     picked, is_member = course.pick_game(split, 20)
     assert len(picked) == 20 and is_member.sum() == 10 and len(set(picked % 5)) == 1

@@ -22,17 +22,11 @@ class Roles:
     triples for partial knowledge, one for shadow; each target image is evaluated exactly once.
     """
 
-    knowledge: str  # partial or shadow...
     index: np.ndarray  # int64 positions in the pool
     is_member: np.ndarray  # bool, of the model named by source
     source: np.ndarray  # target or shadow
-    fold: np.ndarray  # int64, the entry of folds that evaluates an image; -1: none, an image of the shadow
     folds: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-    strata: np.ndarray  # int64 label (for pools with groups: drive) by which the folds are stratified
     groups: np.ndarray | None = None  # str
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     def check(self, *, by_block: bool) -> None:
         """Assert that the sets of a fold share no image and, by block, no group; refuse one without both classes."""
@@ -45,7 +39,7 @@ class Roles:
                     raise ValueError(f"{expected}, {has}: draw more images (or more groups)")
             together = np.concatenate(sets)
             assert len(np.unique(together)) == len(together), "the sets of a fold share an image"
-            if self.groups is not None and by_block and self.knowledge == "partial":
+            if self.groups is not None and by_block and len(self.folds) > 1:
                 a, b, c = (set(self.groups[here].tolist()) for here in sets)
                 assert not (a & b or a & c or b & c), "the sets of a fold share a group"
         evaluated = np.sort(np.concatenate([evaluation for _, _, evaluation in self.folds]))

@@ -110,7 +110,7 @@ class Split:
                 known = np.sort(draw_images(known, cell, [round(known_share * len(known))], rng)[0])
             part = assign(known)
             folds.append((known[part != 0], known[part == 0], np.flatnonzero(fold == f)))
-        roles = Roles(knowledge, index, is_member, source, fold, folds, strata, groups)
+        roles = Roles(index, is_member, source, folds, groups)
         roles.check(by_block=by_block)
         return roles
 
