@@ -207,7 +207,7 @@ def describe(lab: Lab, call: Call) -> dict[str, Any]:
         decoder_epochs=who.decoder_epochs if who.decoder != "own" and who.decoder_epochs != 200 else None,
         reference=", ".join(references) or None, train_seconds=run.seconds,
         reference_checkpoint=who.reference_checkpoint if references else None,
-        calibration="log-ratio" if isinstance(who.reference, list | tuple) else None,
+        calibration=call.params.get("calibration", "log-ratio") if isinstance(who.reference, list | tuple) else None,
         defense=what.defense or row.defense, attacker=who.attacker if defended else "static",
         strength=row.strength if what.defense is None else what.strength,
         utility=utility.get("probe", utility.get("miou")), utility_untrained=run.utility.get("probe_untrained"),

@@ -367,3 +367,6 @@ def test_reference_models_calibrate_at_the_epoch_that_is_named(lab):
     d = mim.compute_distances(lab.model("mae-shadow-s0").autoencoder_at(2), images, n_masks=2, seed=0).mean(axis=1)
     ratio = np.log(d) - np.log(-plain.score)  # -log d_target + log d_reference
     np.testing.assert_allclose(found.score, ratio, rtol=1e-5, atol=1e-6)
+
+    lab.run("mim", "mae-target-s0", reference=[["mae-shadow-s0"]], calibration="rmia", **call)
+    assert set(own(lab)["calibration"].dropna()) == {"log-ratio", "rmia"}
