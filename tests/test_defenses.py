@@ -305,16 +305,12 @@ def test_per_example_gradients_of_convolutions_are_exact_in_any_memory_order():
                 torch.testing.assert_close(made[p][i], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_group_norm_is_put_where_opacus_would_put_it():
-    from opacus.validators import ModuleValidator
-
-    ours = segmenters.make_network("unet", 5, norm="group", **SMALL)
-    theirs = ModuleValidator.fix(segmenters.make_network("unet", 5, **SMALL))
-    groups, same = (
-        {n: m.num_groups for n, m in net.named_modules() if isinstance(m, nn.GroupNorm)} for net in (ours, theirs)
-    )
-    assert groups == same and len(groups) > 20
-    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+def test_group_norm_takes_the_place_of_batch_norm_and_leaves_all_else():
+    plain, ours = (segmenters.make_network("unet", 5, norm=norm, **SMALL) for norm in ("batch", "group"))
+    norms = {name: m for name, m in plain.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    groups = {name: m.num_groups for name, m in ours.named_modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {name: math.gcd(32, m.num_features) for name, m in norms.items()} and len(groups) > 20
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in ours.state_dict().items())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
     with pytest.raises(ValueError, match="expected norm 'batch' or 'group', got 'layer'"):
         segmenters.make_network("unet", 5, norm="layer")

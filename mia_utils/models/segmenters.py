@@ -6,7 +6,6 @@ U-Net, UPerNet, PSPNet and DeepLabV3+ come from segmentation-models-pytorch on c
 
 import inspect
 import json
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,20 +158,14 @@ def make_network(
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
             way = f"a convolutional encoder such as {ENCODER} and options of segmentation-models-pytorch"
             raise ValueError(f"no {arch} on encoder {encoder!r} ({first_line(error)}): expected {way}") from None
-    return _replace_batch_norm(built) if norm == "group" else built
+    if norm == "group":
+        from opacus.validators import ModuleValidator  # seconds of imports, only for private training
 
-
-def _replace_batch_norm(network: nn.Module) -> nn.Module:
-    """Put group norm where batch norm was, in groups as opacus' ``ModuleValidator.fix`` chooses them."""
-    for name, module in network.named_children():
-        if type(module) is nn.BatchNorm2d:
-            width = module.num_features
-            setattr(network, name, nn.GroupNorm(math.gcd(32, width), width, affine=module.affine))
-        elif isinstance(module, nn.BatchNorm2d):  # timm's holds its activation too
-            raise ValueError(f"norm 'group' does not fit this encoder ({type(module).__name__}): expected {ENCODER}")
-        else:
-            _replace_batch_norm(module)
-    return network
+        built = ModuleValidator.fix(built)
+        # timm's holds its activation too
+        if left := next((m for m in built.modules() if isinstance(m, nn.BatchNorm2d)), None):
+            raise ValueError(f"norm 'group' does not fit this encoder ({type(left).__name__}): expected {ENCODER}")
+    return built
 
 
 def from_module(
