@@ -21,7 +21,7 @@ from mia_utils.audit.record import SHOWN, Report
 from mia_utils.datasets import VOID, folders, pairs
 from mia_utils.models import encoders, segmenters
 from mia_utils.models.backbones import use_fast_products
-from mia_utils.models.checkpoints import READ, read_safetensors
+from mia_utils.models.checkpoints import READ, Facts, read_safetensors
 from mia_utils.protocol import metrics
 from mia_utils.protocol.intervals import leaves_half
 from mia_utils.protocol.result import Result
@@ -331,7 +331,7 @@ def conclude(
     )
     report = Report(
         _name(p.subject.model), *p.names, p.subject.task, is_member,
-        pool.image_ids, [*found, pixels], control, no_model, level, facts=p.subject.facts, not_tried=p.not_tried,
+        pool.image_ids, [*found, pixels], control, no_model, level, facts=Facts(p.subject.facts), not_tried=p.not_tried,
         notes=p.notes, doubt=p.doubt, n_dropped=p.n_dropped,
     )  # fmt: skip
     if not report.void:

@@ -23,6 +23,7 @@ from PIL import Image
 from mia_utils import paths
 from mia_utils.audit.battery import Found
 from mia_utils.audit.gates import Gate
+from mia_utils.models.checkpoints import Facts
 from mia_utils.protocol import intervals
 from mia_utils.protocol.intervals import Control, format_interval, format_value
 from mia_utils.protocol.result import Result
@@ -61,7 +62,7 @@ class Report:
     results: dict[str, Result] = field(default_factory=dict, repr=False)
     found: Found | None = None
     untrained: tuple[str, float, float] | None = None
-    facts: dict[str, tuple[str, str]] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
     not_tried: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     doubt: str = ""
@@ -154,17 +155,12 @@ class Report:
         why = self.doubt or f"only {seen}: use more images"
         return INCONCLUSIVE, f"INCONCLUSIVE: not shown at level {self.level:g} ({tried}; strongest {auc}), and {why}."
 
-    @property
-    def assumed(self) -> list[str]:
-        """Facts of the model that were neither read nor given: a wrong one hides a leak."""
-        return [f"{fact}: {value}" for fact, (value, source) in self.facts.items() if source == "assumed"]
-
     def __str__(self) -> str:
         m = int(self.is_member.sum())
         dropped = f"; {self.n_dropped} repeated images left out" if self.n_dropped else ""
         sets = f"{m} suspected images ({self.suspected}) against {len(self.is_member) - m} reference images"
         lines = [f"Audit of {self.encoder}: {sets} ({self.reference}){dropped}"]
-        lines += [f"ASSUMED, give it if you know better: {fact}" for fact in self.assumed]
+        lines += [f"ASSUMED, give it if you know better: {fact}" for fact in self.facts.assumed]
         lines += [f"gate {g.name:<7} {'passes' if g.passed else 'FAILS'}: {g.found}" for g in self.gates]
         lines += [f"attack  {row['attack']}: AUC {row['interval']}, p = {row['p']:.2g}" for row in self.rows]
         if self.untrained:
