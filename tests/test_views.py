@@ -168,9 +168,8 @@ def test_query_views_are_what_training_would_make_of_the_same_draws(images):
 def test_query_crops_follow_the_distribution_of_torchvision():
     draws = np.random.default_rng(0).random((4000, 22))
     logs = np.log([3 / 4, 4 / 3])
-    boxes = views._place_boxes(
-        0.2 + 0.8 * draws[:, :10], logs[0] + np.diff(logs) * draws[:, 10:20], draws[:, 20:], 32, 32, (3 / 4, 4 / 3)
-    )
+    share, log_ratio = 0.2 + 0.8 * draws[:, :10], logs[0] + np.diff(logs) * draws[:, 10:20]
+    boxes = views._place_boxes(share, log_ratio, draws[:, 20:], 32, 32)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         make = RandomResizedCrop(16, (0.2, 1.0))

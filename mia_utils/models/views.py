@@ -20,15 +20,15 @@ from mia_utils import seeds
 
 Range = Sequence[float]
 RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop
+_LOG_RATIO = (math.log(RATIO[0]), math.log(RATIO[1]))
 
 
-def _draw_tries(rng: np.random.Generator, n: int, scale: Range, ratio: Range) -> tuple[np.ndarray, ...]:
+def _draw_tries(rng: np.random.Generator, n: int, scale: Range) -> tuple[np.ndarray, ...]:
     """Share, log_ratio and shift of n boxes; the order is fixed, because resumed trainings repeat it."""
-    share = rng.uniform(scale[0], scale[1], (n, 10))
-    return share, rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10)), rng.random((n, 2))
+    return rng.uniform(*scale, (n, 10)), rng.uniform(*_LOG_RATIO, (n, 10)), rng.random((n, 2))
 
 
-def _place_boxes(share: np.ndarray, log_ratio: np.ndarray, shift: np.ndarray, height: int, width: int, ratio: Range):
+def _place_boxes(share: np.ndarray, log_ratio: np.ndarray, shift: np.ndarray, height: int, width: int) -> np.ndarray:
     """Place boxes by torchvision's RandomResizedCrop rule: the first of ten tries that fits, or the central crop.
 
     ``share`` of the area and ``log_ratio`` of width to height are (n, 10), one of each try; ``shift`` (n, 2) is the
@@ -45,32 +45,31 @@ def _place_boxes(share: np.ndarray, log_ratio: np.ndarray, shift: np.ndarray, he
     none = ~fits.any(axis=1)
     if none.any():
         in_ratio = width / height
-        fallback_w = width if in_ratio <= ratio[1] else round(height * ratio[1])
-        fallback_h = height if in_ratio >= ratio[0] else round(width / ratio[0])
+        fallback_w = width if in_ratio <= RATIO[1] else round(height * RATIO[1])
+        fallback_h = height if in_ratio >= RATIO[0] else round(width / RATIO[0])
         w, h, shift = np.where(none, fallback_w, w), np.where(none, fallback_h, h), np.where(none[:, None], 0.5, shift)
     top, left = (shift[:, 0] * (height - h + 1)).astype(int), (shift[:, 1] * (width - w + 1)).astype(int)
     return np.stack([top, left, h, w], axis=1)
 
 
 def draw_boxes(
-    image_ids: Sequence[str], n: int, *, height: int, width: int, scale: Range = (0.08, 0.2), ratio: Range = RATIO,
-    seed: int, stream: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    image_ids: Sequence[str], n: int, *, height: int, width: int, scale: Range = (0.08, 0.2), seed: int, stream: str
+) -> tuple[Tensor, Tensor]:
     """Draw n = K random-resized-crop boxes and flips per image, from a stream keyed by the image alone.
 
-    ``scale`` and ``ratio`` are the ranges of the box's share of the area and of width / height. Returns boxes (N, K, 4)
-    int64 as top, left, height, width in pixels, and flips (N, K) bool (probability 0.5).
+    ``scale`` is the range of the box's share of the area. Returns boxes (N, K, 4) int64 as top, left, height, width in
+    pixels, and flips (N, K) bool (probability 0.5).
     """
     if n < 1 or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"expected n >= 1 and 0 < scale low <= high <= 1, got n={n}, scale={tuple(scale)}")
     tries, flips = [np.empty((len(image_ids), n, m)) for m in (10, 10, 2)], np.empty((len(image_ids), n), bool)
     for i, image_id in enumerate(image_ids):
         rng = seeds.rng(seed, stream, image_id)
-        for drawn, values in zip(tries, _draw_tries(rng, n, scale, ratio), strict=True):
+        for drawn, values in zip(tries, _draw_tries(rng, n, scale), strict=True):
             drawn[i] = values
         flips[i] = rng.random(n) < 0.5
     # placed together: one pass over all images costs less than one for each
-    boxes = _place_boxes(*(drawn.reshape(-1, drawn.shape[-1]) for drawn in tries), height, width, ratio)
+    boxes = _place_boxes(*(drawn.reshape(-1, drawn.shape[-1]) for drawn in tries), height, width)
     return torch.from_numpy(boxes).reshape(len(image_ids), n, 4), torch.from_numpy(flips)
 
 
@@ -201,9 +200,7 @@ def read_pixels(images: Any, rows: slice | np.ndarray | list[int]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images[rows])).permute(0, 3, 1, 2)
 
 
-def make_views(
-    images: Tensor, image_ids: Sequence[str], *, view: str = "resize", size: int, seed: int, stream: str = "query"
-) -> Tensor:
+def make_views(images: Tensor, image_ids: Sequence[str], *, view: str = "resize", size: int, seed: int) -> Tensor:
     """Make the query view of images (N, 3, H, W), uint8 or in [0, 1]: (N, 3, size, size) float32 in [0, 1].
 
     ``view`` is ``"resize"`` (deterministic; the same for members and non-members) or ``"random_resized_crop"`` (scale
@@ -213,7 +210,7 @@ def make_views(
     if view == "resize":
         boxes, flips = torch.tensor([0, 0, height, width]).repeat(n, 1, 1), None
     elif view == "random_resized_crop":
-        draws = dict(scale=(0.2, 1.0), seed=seed, stream=f"{stream}-view")
+        draws = dict(scale=(0.2, 1.0), seed=seed, stream="query-view")
         boxes, flips = draw_boxes(image_ids, 1, height=height, width=width, **draws)
     else:
         raise ValueError(f"expected view 'resize' or 'random_resized_crop', got {view!r}")
@@ -246,13 +243,13 @@ def parse_augmentation(name: str) -> dict[str, Any]:
 _N_CHANCES = 11  # uniform numbers per view; see _apply
 
 
-def _jitter(x: Tensor, u: Tensor, strength: float = 0.4) -> Tensor:
-    """Brightness, contrast, saturation (x strength) and hue (+-0.1 turn), one set of factors per image.
+def _jitter(x: Tensor, u: Tensor) -> Tensor:
+    """Brightness, contrast, saturation (x 0.6 to 1.4) and hue (+-0.1 turn), one set of factors per image.
 
     Ours: hue turns around the gray axis; torchvision shifts it in HSV. They turn the same way and differ by nearly as
     much as the shift changes a pixel (a test measures both).
     """
-    factor = 1 + strength * (2 * u[:, :3] - 1)
+    factor = 1 + 0.4 * (2 * u[:, :3] - 1)
     x = (x * factor[:, 0, None, None, None]).clamp_(0, 1)
     gray = _to_gray(x)
     x = torch.lerp(gray.mean((1, 2, 3), keepdim=True), x, factor[:, 1, None, None, None]).clamp_(0, 1)
@@ -305,14 +302,13 @@ def augment(
     b, _, height, width = images.shape
     chance, boxes = torch.from_numpy(rng.random((b, 1, _N_CHANCES), dtype=np.float32)), None
     if scale is not None:
-        boxes = torch.from_numpy(_place_boxes(*_draw_tries(rng, b, scale, RATIO), height, width, RATIO))[:, None]
+        boxes = torch.from_numpy(_place_boxes(*_draw_tries(rng, b, scale), height, width))[:, None]
     return _apply(images, boxes, chance, size=size, **chances)
 
 
 def query_views(
-    images: Tensor, image_ids: Sequence[str], n: int, *, augmentation: str = "simclr", size: int, seed: int,
-    stream: str = "encodermi",
-) -> Tensor:  # fmt: skip
+    images: Tensor, image_ids: Sequence[str], n: int, *, augmentation: str = "simclr", size: int, seed: int
+) -> Tensor:
     """Make n augmented query views of images (N, 3, H, W) uint8: (N, n, 3, size, size) float32 in [0, 1].
 
     :func:`augment`, drawn from a stream keyed by the image alone; not rounded to 1/255, as in training. The first views
@@ -327,14 +323,14 @@ def query_views(
     height, width = images.shape[2:]
     draws = np.empty((len(images), n, _N_CHANCES + 22))  # one row a view, so fewer views are the first rows
     for row, image_id in zip(draws, image_ids, strict=True):
-        seeds.rng(seed, stream, image_id).random(out=row)
+        seeds.rng(seed, "encodermi", image_id).random(out=row)
     chance = torch.from_numpy(draws[..., :_N_CHANCES].astype(np.float32))
     scale, boxes = settings.pop("scale", None), None
     if scale is not None:
-        low, high = math.log(RATIO[0]), math.log(RATIO[1])
+        low, high = _LOG_RATIO
         share, log_ratio, shift = np.split(draws[..., _N_CHANCES:].reshape(-1, 22), (10, 20), axis=1)
         share, log_ratio = scale[0] + (scale[1] - scale[0]) * share, low + (high - low) * log_ratio
-        boxes = torch.from_numpy(_place_boxes(share, log_ratio, shift, height, width, RATIO)).reshape(-1, n, 4)
+        boxes = torch.from_numpy(_place_boxes(share, log_ratio, shift, height, width)).reshape(-1, n, 4)
     return _apply(images, boxes, chance, size=size, **settings).unflatten(0, (len(images), n))
 
 
