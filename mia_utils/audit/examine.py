@@ -186,7 +186,7 @@ class Plan:
     is_member: np.ndarray
     names: tuple[str, str]
     files: list
-    across: list
+    copies: list[str]
     n_dropped: int
     attempts: list[battery.Attempt] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -245,9 +245,8 @@ def plan(
     across, within = gates.find_copies(pool.images, is_member)
     drop = set() if pool.groups is not None else {j for _, j in within}
     keep = np.array([i for i in range(len(pool)) if i not in drop])
-    at = {int(i): k for k, i in enumerate(keep)}
-    across = [(at[i], at[j]) for i, j in across if i in at and j in at]
-    p = Plan(subject, pool.take(keep), is_member[keep], (mine.name, other.name), [], across, len(drop))
+    copies = [f"{pool.image_ids[i]} = {pool.image_ids[j]}" for i, j in across if not {i, j} & drop]
+    p = Plan(subject, pool.take(keep), is_member[keep], (mine.name, other.name), [], copies, len(drop))
     p.files = [files, other_files] if files and other_files else []
     if p.files and pool.groups is not None:  # what the files of a group share counts once; nothing was dropped
         firsts = [np.unique(p.units[p.is_member == side], return_index=True)[1] for side in (True, False)]
@@ -325,7 +324,7 @@ def conclude(
     """Pass the gates and try the attacks of a plan; ``say`` is told how long it takes and what is being done."""
     start, pool, is_member = time.perf_counter(), p.pool, p.is_member
     found = [gates.compare_files(*p.files, level=level)] if p.files else []
-    found.append(gates.compare_copies(p.across, pool.image_ids))
+    found.append(gates.compare_copies(p.copies))
     pixels, no_model, control = gates.compare_pixels(
         pool.images, pool.image_ids, is_member, p.units, level=level, seed=seed
     )

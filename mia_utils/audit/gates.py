@@ -125,9 +125,8 @@ def _normalize(x: np.ndarray) -> np.ndarray:
     return centered / np.linalg.norm(centered, axis=1, keepdims=True)
 
 
-def compare_copies(across: list[tuple[int, int]], image_ids: np.ndarray) -> Gate:
+def compare_copies(pairs: list[str]) -> Gate:
     """Name the images that are in both folders."""
-    pairs = [f"{image_ids[i]} = {image_ids[j]}" for i, j in across]
     if not pairs:
         return Gate("copies", True, "no image is in both folders, re-encoded or scaled")
     found = f"{len(pairs)} pairs of near-duplicates across the folders, such as {pairs[0]}: remove them from one"

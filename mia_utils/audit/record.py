@@ -231,7 +231,7 @@ class Report:
         csv.writer(table, lineterminator="\n").writerows([columns, *rows])
         texts["scores.csv"] = table.getvalue()
         for name, text in texts.items():
-            paths.write_atomic(Path(folder) / name, lambda file, text=text: file.write(text.encode()))
+            paths.write_atomic(Path(folder) / name, text)
         return Path(folder)
 
 
