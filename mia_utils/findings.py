@@ -73,22 +73,24 @@ def reference(rows: pd.DataFrame) -> str:
     """Say what a reference model adds at the end of each schedule, on the encoders that saw most images."""
     rare = rows.query("study == 'rates' and control == '' and augmentation == 'none'")
     rare = rare[rare["epochs"] == rare["epochs"].max()].sort_values("reference", na_position="last")
-    rows, said = rows.query("study == 'grid' and checkpoint == epochs"), []
-    rows = rows[rows["n_train"] == rows.groupby("epochs")["n_train"].transform("max")]
-    for (epochs, n), trained in rows.groupby(["epochs", "n_train"]):
-        pairs = []
-        for how, part in trained.groupby("augmentation", sort=False):
-            own = part[part["control"] == ""].drop_duplicates("reference").sort_values("reference", na_position="last")
-            if len(own) == 2:
-                numbers = [*map(_interval, own.to_dict("records")), format_value(own["utility"].mean())]
-                pairs.append(f"{WORDS[how]} {', '.join(numbers)}")
+    ends = rows[(rows["checkpoint"] == rows["epochs"]) & rows["attack"].isin(["mim", "encodermi-t"])]
+    grid, alike = ends[ends["study"] == "grid"], ends[(ends["study"] == "images") & (ends["control"] == "")]
+    said, grid = [], grid[grid["n_train"] == grid.groupby("epochs")["n_train"].transform("max")]
+    for (epochs, n), trained in grid.groupby(["epochs", "n_train"]):
+        parts = trained[trained["control"] == ""].groupby("augmentation", sort=False)
+        pairs = [f"{WORDS[how]} {both}" for how, part in parts if (both := _say_both(part))]
         said += [f"{n:,.0f} images, {epochs:,.0f} epochs: {'; '.join(pairs)}."] if pairs else []
     if not said:
         return ""
     if len(rare) == 2:
         said.append(f"TPR at .1 % FPR there: whole images {', '.join(map(format_value, rare['tpr_at_01']))}.")
+    for (n, epochs), part in [*alike.groupby(["n_train", "epochs"])][::-1]:
+        if both := _say_both(part):
+            who = f"{label_of(part['attack'].iloc[0])} on {label_of(part['method'].iloc[0])}"
+            said.append(f"{who}, {n:,.0f} images, {epochs:,.0f} epochs: {both}.")
+            break
     text = "**What does a reference model find?** MIM attack on MAE, AUC with one, without, and utility. "
-    return f"{text}{' '.join(said)} *Control*: no model {_say_blind(rows)}."
+    return f"{text}{' '.join(said)} *Control*: no model {_say_blind(grid)}."
 
 
 def defenses(rows: pd.DataFrame) -> str:
@@ -113,8 +115,8 @@ def blind(rows: pd.DataFrame) -> str:
         return ""
     flawed, clean = (format_value(auc[protocol]) for protocol in ("released-view", "controlled"))
     return (
-        f"**How far without any model?** To AUC {flawed} when members come cropped and non-members whole, as in "
-        f"released code; *control*: {clean} with one view for all. *Not said*: that published attacks find nothing."
+        f"**How far without any model?** To AUC {flawed} with members cropped and non-members whole, as in released "
+        f"code; *control*: {clean} with one view for all. *Not said*: that published attacks find nothing."
     )
 
 
@@ -141,6 +143,14 @@ def _describe(question: str, a: pd.Series, rows: pd.DataFrame, beside: list[str]
 
 def _interval(row: Any) -> str:
     return format_interval(row["auc"], row["auc_low"], row["auc_high"])
+
+
+def _say_both(rows: pd.DataFrame) -> str:
+    """Say the AUC with a reference, without, and the utility; empty where one of both is not there."""
+    own = rows.drop_duplicates("reference").sort_values("reference", na_position="last")
+    if len(own) != 2:
+        return ""
+    return ", ".join([*map(_interval, own.to_dict("records")), format_value(own["utility"].mean())])
 
 
 def _say_auc(row: Any) -> str:

@@ -198,6 +198,12 @@ def test_a_leak_is_said_with_and_without_a_reference_model_or_not_at_all():
     rare = [r | dict(study="rates", tpr_at_01=rate) for r, rate in zip(longer, (0.01, 0.45), strict=True)]
     said = findings.say_all(pd.DataFrame([*longer, blind, *rare]))
     assert ".44. TPR at .1 % FPR there: whole images .45, .01. *Control*" in said
+    views = dict(study="images", attack="encodermi-t", method="simclr", n_train=2048, target="simclr-n2048-target")
+    few = dict(n_train=128, target="simclr-n128-target", auc=0.1)
+    similar = [r | views for r in (plain, aided)]
+    said = findings.say_all(pd.DataFrame([plain, aided, blind, *similar, *(r | few for r in similar)]))
+    assert ".40. EncoderMI-T on SimCLR, 2,048 images, 250 epochs: .80 [.75, .85], .60 [.55, .65], .40. *Control*" in said
+    assert "EncoderMI-T" not in findings.say_all(pd.DataFrame([plain, aided, blind, similar[0]]))
     crops = [r | dict(augmentation="crop", auc=r["auc"] - 0.1) for r in (plain, aided)]
     said = findings.say_all(pd.DataFrame([plain, aided, *crops, blind]))
     assert ".60 [.55, .65], .40; strong crops .70 [.75, .85], .50" in said
