@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "times.csv"
 COMMANDS = {  # name -> arguments, what they do
     "setup": ("setup", "environment in .venv"),
-    "quick": ("quick", "profile quick after setup: models, notebooks, figures"),
-    "again": ("quick", "the same again"),
+    "quick": ("quick", "models, notebooks, figures"),
+    "again": ("quick", "again"),
     "replay": ("replay", "docs/ and figures of photos"),
     "smoke": ("smoke", "every notebook in its smallest"),
-    "test": ("test", "tests, with smoke and all solutions"),
+    "test": ("test", "tests, smoke, solutions"),
 }
 FIELDS = ["command", "what it does", "time", "exit code", "conditions"]
 
