@@ -54,19 +54,28 @@ def check(exercise_id: str, answer: Any, **given: Any) -> None:
 
 
 def show_source(function: Callable | type):
-    """Show file, line and source of a package function as Markdown, without its docstring; at most 25 lines of it."""
+    """Show file, name and source of a package function as Markdown, without its docstring; at most 25 lines of it."""
     from IPython.display import Markdown  # not installed where only audits run
 
     function = inspect.unwrap(function)
-    lines, start = inspect.getsourcelines(function)
-    body = ast.parse(textwrap.dedent("".join(lines))).body[0]
-    if ast.get_docstring(body):
-        lines = lines[: body.body[0].lineno - 1] + lines[body.body[0].end_lineno :]
-    place = Path(inspect.getsourcefile(function)).resolve()
-    place = place.relative_to(paths.PACKAGE_ROOT) if place.is_relative_to(paths.PACKAGE_ROOT) else Path(place.name)
-    code = textwrap.dedent("".join(lines)).strip("\n").splitlines()
+    return Markdown(quote_source(Path(inspect.getsourcefile(function)).resolve(), function.__qualname__))
+
+
+def quote_source(place: Path, name: str) -> str:
+    """Quote a function or class of a file, which is not imported; ``name`` as in ``"MAE.loss"``."""
+    text = place.read_text(encoding="utf-8")
+    node, lines = ast.parse(text), text.splitlines()
+    for part in name.split("."):
+        node = next((n for n in node.body if getattr(n, "name", None) == part), None)
+        if node is None:
+            raise ValueError(f"{place.name} has no {name}: a notebook that shows it is out of date")
+    code = lines[min(n.lineno for n in (node, *node.decorator_list)) - 1 : node.body[0].lineno - 1]
+    code += lines[node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1 : node.end_lineno]
+    code = textwrap.dedent("\n".join(code)).strip("\n").splitlines()
     code = code if len(code) <= 25 else [*code[:24], f"    ...  # {len(code) - 24} lines more"]
-    return Markdown(f"`{place.as_posix()}`, line {start}\n\n```python\n" + "\n".join(code) + "\n```")
+    known = place.is_relative_to(paths.PACKAGE_ROOT)
+    place = place.relative_to(paths.PACKAGE_ROOT) if known else Path(place.name)
+    return f"`{place.as_posix()}`: `{name}`\n\n```python\n" + "\n".join(code) + "\n```"
 
 
 class Checks:

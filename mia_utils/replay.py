@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -20,10 +21,11 @@ import pandas as pd
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from mia_utils import lab, page, paths, results
+from mia_utils import course, lab, page, paths, results
 from mia_utils.runner import artifacts, parameters, profiles
 
 SKIPPED = {"run"}  # what a replay does not execute
+QUOTED = re.compile(r"`(mia_utils/[\w/]+\.py)`: `([\w.]+)`\n\n```python\n.*?\n```", re.S)  # source as a page shows it
 NOTE = "<!-- written by ./run_all.sh replay; edit notebooks/{name}.ipynb instead -->\n\n"
 
 
@@ -56,13 +58,18 @@ def _write_page(name: str, profile: str, docs: Path) -> Path:
         source = cell.source
         if cell.kind == "code":
             if output is None:
-                output = kept.get(_digest(source), "")
+                output = QUOTED.sub(_requote, kept.get(_digest(source), ""))
             output = output.replace("\n```\n\n```text\n", "\n")  # what was printed in two goes is one text
             source = f"```python\n{source}\n```" + (f"\n\n{output}" if output else "")
             if "parameters" in cell.tags and changed:
                 source += f"\n\nThis page was made with {', '.join(changed)}."
         text += f"{source}\n\n"
     return paths.write_atomic(docs / f"{name}.md", text)
+
+
+def _requote(quoted: re.Match) -> str:
+    """The source as it is today."""
+    return course.quote_source(paths.PACKAGE_ROOT / quoted[1], quoted[2])
 
 
 def execute(path: Path, given: dict[str, Any], *, skip: set[str]) -> list[tuple[page.Cell, str | None]]:

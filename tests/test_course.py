@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from mia_utils import course, paths
 from mia_utils.attacks import Result
 from mia_utils.plots import style
+from mia_utils.pretrain import mae
 from mia_utils.runner import profiles
 
 NOTEBOOKS = [f"0{i}" for i in range(9) if course.load_answers(f"0{i}")]
@@ -103,7 +105,11 @@ def test_an_unknown_exercise_is_named():
 
 def test_source_is_shown_with_its_place_and_without_its_docstring():
     text = course.show_source(style.label_of).data
-    assert text.startswith("`mia_utils/plots/style.py`, line ") and "def label_of(" in text and '"""' not in text
+    assert text.startswith("`mia_utils/plots/style.py`: `label_of`\n\n```python\ndef label_of(") and '"""' not in text
+    loss = course.show_source(mae.MAE.loss).data
+    assert loss.startswith("`mia_utils/pretrain/mae.py`: `MaskedImageModel.loss`\n\n```python\ndef loss(")
+    with pytest.raises(ValueError, match="mae.py has no MaskedImageModel.loss.gone"):
+        course.quote_source(Path(mae.__file__), "MaskedImageModel.loss.gone")
 
 
 def test_long_source_is_cut_at_25_lines():

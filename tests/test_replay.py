@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mia_utils import paths, replay
+from mia_utils import course, paths, replay
 
 CELLS = [
     ("markdown", "", "# 03 · Demo?"),
@@ -70,6 +70,19 @@ def test_a_second_replay_changes_no_byte(book, home):
     first, kept = read_page(home), (paths.get_results_dir() / "photos.json").read_bytes()
     replay.keep_outputs("photos", home / "build" / "03_demo.ipynb")
     assert read_page(home) == first and (paths.get_results_dir() / "photos.json").read_bytes() == kept
+
+
+def test_source_that_a_run_cell_showed_is_todays(book, home):
+    quoted = course.quote_source(paths.PACKAGE_ROOT / "mia_utils" / "seeds.py", "derive")
+    executed = home / "build" / "03_demo.ipynb"
+    content = json.loads(executed.read_text())
+    stale = quoted.partition("def derive(")[0] + "def derive(of, old):\n    pass\n```"
+    shown = {"output_type": "display_data", "data": {"text/markdown": [stale]}}
+    content["cells"][2]["outputs"].append(shown)
+    executed.write_text(json.dumps(content))
+    replay.keep_outputs("photos", executed)
+    text = read_page(home)
+    assert quoted in text and "of, old" not in text and "queried 64 images" in text
 
 
 def test_a_number_changed_in_what_was_kept_is_one_line(book, home):
