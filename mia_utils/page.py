@@ -20,7 +20,7 @@ from mia_utils.runner import choices, parameters, profiles
 Cell = namedtuple("Cell", "kind tags source outputs")
 FIGURES = re.compile(r"name=\"(fig\d\d_\w+)\"")  # that a cell writes
 SUMMARY = "main encoders architectures datasets probes calibration defenses output-defenses segmenter-defenses".split()
-SUMMARY += ["contrast", "own", "valuable"]
+SUMMARY += ["contrast", "beside", "own", "valuable"]
 UNKNOWN = {"PartCrop": "Figures 1, 3 to 7, its tables"}  # figures and tables whose content is not among our sources
 UNKNOWN |= dict.fromkeys(("MIM", "EncoderMI", "Segmentations-Leak"), "its figures and tables by number")
 
